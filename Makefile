@@ -58,8 +58,8 @@ $(INSTALLED): pyproject.toml
 	fi; \
 	touch $(INSTALLING); \
 	echo "setup: installing the dependencies (about 4 minutes the first time)"; \
-	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip; \
-	$(PY) -m pip install --quiet -e ".[test]"; \
+	$(PY) -m pip install --quiet --quiet --disable-pip-version-check --upgrade pip; \
+	$(PY) -m pip install --quiet --quiet -e ".[test]"; \
 	rm -f $(INSTALLING); \
 	touch $(INSTALLED)
 

@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,20 @@ VERIFIED_LOADER = "train/checkpoint.py"
 # Modules at the edge: only these build a pipeline, a loop, a scan, a trial or a launch.
 EDGE_MODULES = {"pipeline", "launch", "loop", "scan", "trial"}
 EDGE_LIBRARIES = {"ray", "deepspeed"}
+# What a machine with torch and transformers alone must be able to import.
+PURE_MODULES = ("train.attention", "train.data", "train.masking", "train.model")
+# Refuses the libraries named in its first argument, then imports the modules named after it.
+IMPORT_WITHOUT = """
+import importlib, sys
+from importlib.abc import MetaPathFinder
+class Refuse(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in sys.argv[1].split(","):
+            raise ModuleNotFoundError(f"refused: {name}")
+sys.meta_path.insert(0, Refuse())
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+"""
 
 PICKLE_LOADERS = {
     "pickle.load",
@@ -256,3 +271,35 @@ def test_nothing_of_ours_is_installed():
     for package in PACKAGES:
         owners = importlib.metadata.packages_distributions().get(package, [])
         assert not owners, f"{package} is also installed, by {owners}"
+
+
+def import_without(repository: Path, libraries: set[str], modules: list[str]) -> subprocess.CompletedProcess[str]:
+    """Import modules in a fresh interpreter in which some libraries look as if they were not installed."""
+    command = [sys.executable, "-c", IMPORT_WITHOUT, ",".join(sorted(libraries)), *modules]
+    return subprocess.run(command, cwd=repository, check=False, capture_output=True, text=True)
+
+
+def module_names(sources: dict[str, str], package: str) -> list[str]:
+    """Return the importable modules of a package, without its command line."""
+    paths = [Path(name) for name in sources if name.startswith(f"{package}/")]
+    modules = [path for path in paths if path.name != "__main__.py" and "resources" not in path.parts]
+    return [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in modules]
+
+
+def test_corpus_imports_without_ray_and_torch(repository, sources):
+    modules = module_names(sources, "corpus")
+    assert len(modules) > 5
+    done = import_without(repository, EDGE_LIBRARIES | {"torch", "transformers"}, modules)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pure_train_modules_import_without_ray_and_deepspeed(repository, sources):
+    modules = sorted(set(PURE_MODULES) & set(module_names(sources, "train")))
+    done = import_without(repository, EDGE_LIBRARIES, modules)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_refused_library_is_noticed(repository):
+    done = import_without(repository, {"ray"}, ["ray"])
+    assert done.returncode == 1
+    assert "refused: ray" in done.stderr
