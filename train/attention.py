@@ -5,7 +5,7 @@ Shape letters: T packed tokens, H heads, K width of a head, n cells and L tokens
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -86,8 +86,7 @@ def _varlen_attention(packed: Packed) -> Attend:
     bounds, longest = packed.cu_seqlens, packed.max_length
 
     def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
-        out: Tensor = varlen_attn(q_THK, k_THK, v_THK, bounds, bounds, longest, longest)
-        return out
+        return cast("Tensor", varlen_attn(q_THK, k_THK, v_THK, bounds, bounds, longest, longest))
 
     return attend
 

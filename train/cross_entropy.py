@@ -67,9 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden_MD[chunk] = error_mV @ weight_VD
                 grad_weight_VD += error_mV.T @ hidden_mD
         if with_grad:
-            ctx.save_for_backward(
-                grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), grad_bias_V.to(bias_V.dtype)
-            )
+            ctx.save_for_backward(grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), grad_bias_V.to(bias_V.dtype))
         ctx.mark_non_differentiable(correct)
         return loss, correct
 

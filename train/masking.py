@@ -1,8 +1,8 @@
 """Which genes a cell must guess in an epoch: a pure function of (seed, epoch, cell number, position).
 
-Nothing is drawn from a stream that batches share, so the mask of a cell does not depend on its batch mates, the rank, the
-number of workers, or where a run was resumed. Each cell and epoch has its own SplitMix64 sequence (Steele, Lea, Flood:
-"Fast splittable pseudorandom number generators", OOPSLA 2014), of which position p owns the outputs 3p, 3p + 1, 3p + 2.
+Nothing is drawn from a stream that batches share, so the mask of a cell does not depend on its batch mates, the rank,
+the number of workers, or where a run was resumed. Each cell and epoch has its own SplitMix64 sequence (Steele, Lea,
+Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), of which position p owns three outputs from 3p.
 
 Tokens are selected independently of each other, as in the published models; a short cell may therefore have none
 selected. It then adds nothing to a loss that is weighted per masked token.

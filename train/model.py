@@ -8,6 +8,7 @@ C classes.
 """
 
 import copy
+from collections import deque
 from collections.abc import Iterator
 from typing import Literal
 
@@ -84,6 +85,7 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, packed: Packed) -> Tensor:
+        """Embed a batch, float[T, D]."""
         token_type = packed.tokens.new_zeros(1)  # a cell is one segment
         summed_TD = (
             self.word_embeddings(packed.tokens)
@@ -105,6 +107,7 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_TD: Tensor, attend: Attend) -> Tensor:
+        """Attend within cells, float[T, D]."""
         heads = (self.num_heads, -1)
         q_THK, k_THK, v_THK = (
             project(hidden_TD).unflatten(-1, heads) for project in (self.query, self.key, self.value)
@@ -122,6 +125,7 @@ class ResidualOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual_TD: Tensor) -> Tensor:
+        """Map float[T, input_size] and the residual float[T, D] to float[T, D]."""
         out: Tensor = self.LayerNorm(self.dropout(self.dense(x)) + residual_TD)
         return out
 
@@ -139,6 +143,7 @@ class Layer(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_TD: Tensor, attend: Attend) -> Tensor:
+        """Transform hidden states, float[T, D]."""
         attended_TD = self.attention["output"](self.attention["self"](hidden_TD, attend), hidden_TD)
         wide = self.activation(self.intermediate["dense"](attended_TD))
         out: Tensor = self.output(wide, attended_TD)
@@ -173,8 +178,7 @@ class Encoder(nn.Module):
         -------
         float[T, D].
         """
-        for hidden_TD in self.states(packed, num_layers):
-            pass  # only the last is kept
+        (hidden_TD,) = deque(self.states(packed, num_layers), maxlen=1)
         return hidden_TD
 
     def states(self, packed: Packed, num_layers: int | None = None) -> Iterator[Tensor]:
@@ -247,6 +251,7 @@ class PredictionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the loss over rows and count correct ones; see `MaskedLM.forward`."""
         transformed_MD = self.transform["LayerNorm"](self.activation(self.transform["dense"](hidden_MD)))
         return linear_cross_entropy(transformed_MD, weight_VD, self.bias, labels_M)
 

@@ -1,6 +1,6 @@
 """Cells laid end to end, without padding: what the model runs on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -79,8 +79,8 @@ class Packed:
 
     def to(self, device: torch.device | str) -> "Packed":
         """Copy to a device; `lengths` stays on the host."""
-        moved = (part.to(device, non_blocking=True) for part in (self.tokens, self.positions, self.offsets))
-        return Packed(*moved, self.gene_rows.to(device, non_blocking=True), self.lengths, self.special_tokens)
+        names = ("tokens", "positions", "offsets", "gene_rows")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def pack(cells: Cells, max_length: int, special_tokens: SpecialTokens = "none") -> Packed:
@@ -113,8 +113,14 @@ def pack(cells: Cells, max_length: int, special_tokens: SpecialTokens = "none") 
         tokens[first], tokens[last] = CLS, EOS
     tokens[gene_rows] = cells.tokens
     positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    tensors = (torch.from_numpy(part) for part in (tokens, positions, offsets, gene_rows))
-    return Packed(*tensors, lengths, special_tokens)
+    return Packed(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        offsets=torch.from_numpy(offsets),
+        gene_rows=torch.from_numpy(gene_rows),
+        lengths=lengths,
+        special_tokens=special_tokens,
+    )
 
 
 def pack_rectangle(tokens_BL: Tensor, special_tokens: SpecialTokens = "none") -> Packed:
@@ -134,10 +140,10 @@ def pack_rectangle(tokens_BL: Tensor, special_tokens: SpecialTokens = "none") ->
     if special_tokens == "cls_eos":
         gene_rows = (positions > 0) & (positions < length - 1)
     return Packed(
-        tokens_BL.reshape(-1),
-        positions.repeat(num_cells),
-        torch.arange(num_cells + 1, device=device) * length,
-        gene_rows.repeat(num_cells),
-        np.full(num_cells, length, dtype=np.int64),
-        special_tokens,
+        tokens=tokens_BL.reshape(-1),
+        positions=positions.repeat(num_cells),
+        offsets=torch.arange(num_cells + 1, device=device) * length,
+        gene_rows=gene_rows.repeat(num_cells),
+        lengths=np.full(num_cells, length, dtype=np.int64),
+        special_tokens=special_tokens,
     )
