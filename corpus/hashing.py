@@ -32,10 +32,17 @@ def digest_table(table: pa.Table) -> str:
     """
     sha = hashlib.sha256()
     for name, column in zip(table.column_names, table.columns, strict=True):
-        sha.update(f"{name}:{column.type}:{len(column)};".encode())
+        sha.update(f"{name}:{_type_name(column.type)}:{len(column)};".encode())
         for part in _plain_parts(column):
-            sha.update(memoryview(np.ascontiguousarray(part)).cast("B"))
+            sha.update(np.ascontiguousarray(part).tobytes())
     return sha.hexdigest()
+
+
+def _type_name(kind: pa.DataType) -> str:
+    """Name of a type that does not tell how it is stored: Parquet renames the items of lists, Polars widens strings."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return f"list<{_type_name(kind.value_type)}>"
+    return "string" if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) else str(kind)
 
 
 def _plain_parts(column: pa.ChunkedArray) -> Iterable[np.ndarray]:
@@ -47,9 +54,9 @@ def _plain_parts(column: pa.ChunkedArray) -> Iterable[np.ndarray]:
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
         yield array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         yield from _plain_parts(pa.chunked_array([array.flatten()]))
-    elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-        text = array.fill_null("").cast(pa.large_binary())
+    elif _type_name(array.type) == "string":
+        text = array.fill_null("").cast(pa.large_string()).cast(pa.large_binary())
         yield np.frombuffer(b"".join(text.to_pylist()), dtype=np.uint8)
         yield np.diff(np.frombuffer(text.buffers()[1], dtype=np.int64)[text.offset : text.offset + len(text) + 1])
     else:
-        yield array.fill_null(0).to_numpy(zero_copy_only=False)
+        yield array.fill_null(False if pa.types.is_boolean(array.type) else 0).to_numpy(zero_copy_only=False)

@@ -62,12 +62,15 @@ class Manifest(Record):
         Content hash of the gene table.
     obs_columns
         Label columns of the shards.
+    plan
+        Hash of the sources' contents and the settings that led here; a run whose plan is published has nothing to do.
     units
         In the order of the sources; readers number cells in this order.
     """
 
     format_version: int = FORMAT_VERSION
     number: int
+    plan: str
     genes: str
     genes_hash: str
     obs_columns: list[str]

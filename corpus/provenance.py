@@ -15,7 +15,18 @@ from pydantic import BaseModel
 from corpus.hashing import digest_json
 from corpus.store import Store
 
-_PACKAGES = ("ray", "torch", "transformers", "deepspeed", "pyarrow", "polars", "anndata", "numpy", "numba", "scikit-learn")
+_PACKAGES = (
+    "ray",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "pyarrow",
+    "polars",
+    "anndata",
+    "numpy",
+    "numba",
+    "scikit-learn",
+)
 
 
 def describe(command: str, settings: BaseModel, inputs: Mapping[str, str]) -> dict[str, Any]:
@@ -64,7 +75,7 @@ def _git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     done = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
         capture_output=True,
         text=True,
         check=False,

@@ -104,11 +104,12 @@ def _rank(indptr, tokens, counts, medians, out_tokens, out_counts):  # type: ign
         for i in range(1, size):
             entry = order_in[i]
             j = i
-            # `>` on keys and on entries (entries ascend with tokens) is the documented order.
-            while j > 0 and (
-                keys[order_in[j - 1]] < keys[entry] or (keys[order_in[j - 1]] == keys[entry] and order_in[j - 1] > entry)
-            ):
-                order_in[j] = order_in[j - 1]
+            # Entries ascend with tokens: a lower entry is a lower token.
+            while j > 0:
+                before = order_in[j - 1]
+                if keys[before] > keys[entry] or (keys[before] == keys[entry] and before < entry):
+                    break
+                order_in[j] = before
                 j -= 1
             order_in[j] = entry
         for i in range(size):

@@ -110,7 +110,8 @@ class Corpus:
         UserError
             If a column is not in the corpus; the message lists those that are.
         """
-        scalars = ["cell_id", "dataset_id", *self.manifest.obs_columns, "n_counts", "n_genes", "mito_fraction", "length"]
+        numbers = ["n_counts", "n_genes", "mito_fraction", "length"]
+        scalars = ["cell_id", "dataset_id", *self.manifest.obs_columns, *numbers]
         for name in columns:
             if name not in scalars:
                 raise UserError(f"{self.store.uri}: no column {name!r}; the corpus has {', '.join(scalars)}")

@@ -8,9 +8,9 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -25,7 +25,10 @@ from corpus.errors import RunError, UserError
 class Settings(BaseModel):
     """Base of every group of settings: frozen, refuses unknown keys, help text from the field docs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # The settings flavour of ConfigDict lets a verb be a `Command` and a group of `Settings` at once.
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(  # type: ignore[misc]
+        frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
 
 
 class Command(BaseSettings):

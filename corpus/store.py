@@ -78,6 +78,10 @@ class Store:
             return sorted(name for name in names if not name.startswith("."))
         return []
 
+    def modified(self, path: str) -> float:
+        """Time of last change, in seconds since 1970."""
+        return float(self._fs_root[0].modified(self._full(path)).timestamp())
+
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading, with seek."""
         fs, _ = self._fs_root
@@ -148,6 +152,21 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(self.read_bytes(name))
         return target
+
+
+def match_uris(pattern: str) -> list[str]:
+    """Files that a pattern with `*`, `?` or `**` stands for, sorted; a name without such a sign stands for itself."""
+    if not any(sign in pattern for sign in "*?["):
+        return [pattern]
+    fs, path = url_to_fs(pattern)
+    found = sorted(str(name) for name in fs.glob(path))
+    return found if "://" not in pattern else [fs.unstrip_protocol(name) for name in found]
+
+
+def split_uri(uri: str) -> tuple[Store, str]:
+    """Store of the folder that holds a file, and the file's name in it."""
+    folder, _, name = uri.rpartition("/")
+    return Store(folder or ("/" if uri.startswith("/") else ".")), name
 
 
 def _create_local(target: Path, data: bytes) -> bool:

@@ -83,6 +83,6 @@ def write_corpus(
         }
         units.append(write_shard(store, table, unit_id=f"{shard:064x}", source=source, dropped={}))
     Manifest(
-        number=1, genes=genes.path, genes_hash=genes.hash, obs_columns=list(OBS_COLUMNS), units=units
+        number=1, plan="toy", genes=genes.path, genes_hash=genes.hash, obs_columns=list(OBS_COLUMNS), units=units
     ).publish(store)
     return folder

