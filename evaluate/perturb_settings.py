@@ -1,0 +1,154 @@
+"""Settings of perturbation scans and of their statistics."""
+
+import re
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from corpus.settings import Settings
+
+LAYERS = r"^(last|second_to_last|layer_[1-9]\d*)$"
+
+
+class PerturbationSettings(Settings):
+    """What is done to which genes."""
+
+    kind: Literal["delete", "overexpress", "knockdown", "activate", "knock_in"] = "delete"
+    """delete removes a gene; overexpress puts it first; knockdown and activate move it down or up the ranking, by
+    `rank_shift` places or by re-ranking after its count was multiplied by `fold_change`; knock_in puts it at `rank`."""
+    genes: Literal["all"] | list[str] = "all"
+    """"all": every gene of the cell's input; or a list of symbols and Ensembl ids."""
+    genes_file: Path | None = None
+    """Text file with one gene a line (# starts a comment), instead of `genes`."""
+    combine: Literal["one_by_one", "joint", "pairs", "anchor"] = "one_by_one"
+    """one_by_one: each gene alone; joint: the whole list at once; pairs: each gene and each pair of the list; anchor:
+    the anchor, each gene, and the anchor with each gene."""
+    anchor: str | None = None
+    """Gene that combine = "anchor" pairs with the others."""
+    absent: Literal["insert", "skip"] = "insert"
+    """overexpress: what to do with a listed gene that the cell does not express."""
+    require: Literal["all", "any"] = "all"
+    """delete: whether a cell needs all genes of a set or any of them; the others are skipped and counted."""
+    rank_shift: int | None = Field(None, ge=1)
+    """knockdown, activate: number of places."""
+    fold_change: float | None = Field(None, gt=0)
+    """knockdown (below 1) and activate (above 1): factor on the gene's raw count, before the cell is ranked again."""
+    rank: int | None = Field(None, ge=0)
+    """knock_in: place of the gene afterwards, 0 is the top."""
+    edit: Literal["after_truncation", "before_truncation"] = "after_truncation"
+    """after_truncation (as published): the cell is what fits the model, then it is edited. before_truncation: the whole
+    cell is edited, so that after a deletion the next gene moves up into the input."""
+    min_cells: int = Field(1, ge=1)
+    """genes = "all": leave out genes in the input of fewer than this many of the scanned cells."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        graded = self.kind in ("knockdown", "activate")
+        if graded and (self.rank_shift is None) == (self.fold_change is None):
+            raise ValueError(f"{self.kind} needs exactly one of rank_shift and fold_change")
+        if not graded and (self.rank_shift is not None or self.fold_change is not None):
+            raise ValueError("rank_shift and fold_change belong to knockdown and activate")
+        if self.fold_change is not None and (self.fold_change < 1) != (self.kind == "knockdown"):
+            raise ValueError("fold_change must be below 1 for knockdown and above 1 for activate")
+        if (self.rank is None) == (self.kind == "knock_in"):
+            raise ValueError("rank is needed by knock_in, and by no other kind")
+        if (self.anchor is None) == (self.combine == "anchor"):
+            raise ValueError('anchor is needed by combine = "anchor", and by no other combine')
+        if self.genes_file is not None and self.genes != "all":
+            raise ValueError("give either genes or genes_file")
+        if self.lists_no_genes and self.combine in ("joint", "pairs"):
+            raise ValueError(f'combine = "{self.combine}" needs a list of genes')
+        if self.lists_no_genes and self.kind == "knock_in":
+            raise ValueError("knock_in needs a list of genes")
+        if self.genes == []:
+            raise ValueError("genes: the list is empty")
+        return self
+
+    @property
+    def lists_no_genes(self) -> bool:
+        """Whether the genes are those of each cell."""
+        return self.genes == "all" and self.genes_file is None
+
+    @property
+    def before_truncation(self) -> bool:
+        """Whether the whole cell is edited."""
+        return self.edit == "before_truncation"
+
+
+class StateSettings(Settings):
+    """Cell states towards which shifts are measured."""
+
+    column: str
+    """Label column that names the states, for example cell_type or disease."""
+    start: str
+    """State whose cells are perturbed."""
+    goal: str
+    """State towards which a shift is looked for."""
+    alternates: list[str] = []
+    """Further states to measure shifts towards."""
+    cells_per_state: int = Field(1000, ge=1)
+    """At most this many cells, drawn by seed, make a state's centroid."""
+
+    @property
+    def names(self) -> list[str]:
+        """Start, goal, alternates: the order of all outputs."""
+        return [self.start, self.goal, *self.alternates]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("start, goal and alternates must be different states")
+        return self
+
+
+class CellSettings(Settings):
+    """Which cells are perturbed."""
+
+    filters: dict[str, list[str]] = {}
+    """Label column to the values to keep. Holds for the cells of the centroids as well."""
+    group_by: list[str] = []
+    """Label columns that `max_per_group` counts in (with the start state); they become columns of the result."""
+    max_per_group: int | None = Field(None, ge=1)
+    """At most this many cells of each group (of all cells where there is no group), drawn by seed."""
+    seed: int = 0
+
+
+class ReadoutSettings(Settings):
+    """What is read from the model."""
+
+    layer: str = Field("last", pattern=LAYERS)
+    """Hidden layer: last (as published), second_to_last, or layer_1, layer_2, ..."""
+    embedding: Literal["mean", "cls"] = "mean"
+    """mean: over the unperturbed genes, the same before and after; cls: the <cls> token, where the model has it."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the encoder. Pooling and cosines are always in higher precision."""
+
+    def num_layers(self, total: int) -> int:
+        """Layers to run, of `total`; ValueError if there are not so many."""
+        number = {"last": total, "second_to_last": total - 1}.get(self.layer) or int(self.layer.removeprefix("layer_"))
+        if not 1 <= number <= total:
+            raise ValueError(f"layer {self.layer}: the model has {total} layers")
+        return number
+
+
+class EngineSettings(Settings):
+    """How the scan is run; nothing here changes what it computes, beyond rounding."""
+
+    workers: int = Field(1, ge=0)
+    """Ray actors; 0 runs in this process without Ray."""
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """GPUs of each actor; by default 1 if the cluster has any."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    token_budget: int | None = Field(None, ge=1)
+    """Tokens in one micro-batch; halved when memory runs out. By default 262,144 on a GPU and 16,384 on a CPU."""
+    unit_tokens: int = Field(2_000_000, ge=1)
+    """Tokens to run in one work unit, which is what is committed at a time and lost by a kill."""
+    report_every_s: float = Field(10.0, gt=0)
+    """Seconds between progress lines."""
+
+
+def read_gene_list(path: Path) -> list[str]:
+    """Gene names of a text file, one a line; `#` starts a comment."""
+    lines = (re.sub(r"#.*", "", line).strip() for line in path.read_text().splitlines())
+    return [line for line in lines if line]
