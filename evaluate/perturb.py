@@ -173,7 +173,12 @@ def plan_edits(
     shift = np.arange(removed.shape[1])
     pooled_end = np.minimum(shared + (removed - shift < shared[:, None]).sum(axis=1), input_length)
     left = pooled_end - (removed < pooled_end[:, None]).sum(axis=1)
-    before = np.where(removed < input_length, source[np.minimum(removed, input_length - 1)], -1)
+    # Unchanged if the same genes come back to the same places; what lies behind the input does not count.
+    seen_targets = np.where(targets < lengths[:, None], targets, NONE)
+    seen_removed = np.where(removed < input_length, removed, NONE)
+    seen_inserted = np.where(seen_targets < NONE, inserted, -1)
+    before = np.where(seen_removed < NONE, source[np.minimum(removed, input_length - 1)], -1)
+    same = ((seen_targets == seen_removed) & (seen_inserted == before)).all(axis=1)
     edits = Edits(
         genes=sets,
         ranks=np.where(places < input_length, places, -1),
@@ -182,7 +187,7 @@ def plan_edits(
         inserted=inserted,
         lengths=lengths,
         pooled_end=pooled_end,
-        no_op=((removed == targets) & (inserted == before)).all(axis=1),
+        no_op=same & (lengths == input_length),
     )
     skipped = {"absent": int((~applies).sum()), "nothing_left": int((left == 0).sum())}
     return edits.take(left > 0), skipped
@@ -194,8 +199,8 @@ def _applies(settings: PerturbationSettings, sets: np.ndarray, places: np.ndarra
     if settings.kind == "knock_in" or (settings.kind == "overexpress" and settings.absent == "insert"):
         return np.ones(len(sets), dtype=bool)
     if settings.kind == "delete" and settings.require == "any":
-        return in_input.any(axis=1)
-    return (in_input | (sets < 0)).all(axis=1)
+        return np.logical_or.reduce(in_input, axis=1)
+    return np.logical_and.reduce(in_input | (sets < 0), axis=1)
 
 
 def _wanted_places(

@@ -152,3 +152,32 @@ def read_gene_list(path: Path) -> list[str]:
     """Gene names of a text file, one a line; `#` starts a comment."""
     lines = (re.sub(r"#.*", "", line).strip() for line in path.read_text().splitlines())
     return [line for line in lines if line]
+
+
+class ScanSettings(Settings):
+    """A perturbation scan."""
+
+    perturbation: PerturbationSettings = PerturbationSettings()
+    states: StateSettings | None = None
+    """Without states only the similarity to the unperturbed cell is measured, for all cells."""
+    cells: CellSettings = CellSettings()
+    readout: ReadoutSettings = ReadoutSettings()
+    engine: EngineSettings = EngineSettings()
+
+
+class StatsSettings(Settings):
+    """Statistics of a scan."""
+
+    min_cells: int = Field(10, ge=1)
+    """Genes perturbed in fewer cells are listed without a test."""
+    min_donors: int = Field(3, ge=2)
+    """Donors that a test over donors needs; with fewer, cells are compared, and the table says so."""
+    min_cells_per_donor: int = Field(1, ge=1)
+    """Cells of a donor that a gene needs for the donor to count."""
+    null_genes: int = Field(500, ge=20)
+    """Other genes, nearest in detection and rank, that a gene is compared with."""
+    confidence: float = Field(0.95, gt=0, lt=1)
+    fdr: float = Field(0.05, gt=0, lt=1)
+    """False discovery rate below which a gene is called significant in pictures and in the summary."""
+    top: int = Field(20, ge=1)
+    """Genes labelled in the pictures."""

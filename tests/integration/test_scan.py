@@ -1,0 +1,253 @@
+"""Whole scans: committed units, resumption, Ray workers, and the manifest as the only door to the result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from transformers import BertForMaskedLM
+
+from corpus.errors import UserError
+from corpus.reader import Corpus
+from evaluate.perturb_settings import ScanSettings
+from evaluate.scan import run_scan
+from evaluate.scan_setup import Scan
+from evaluate.shifts import read_shifts
+from tests.factories import write_corpus
+from train.model import MaskedLM
+from train.model_folder import ModelCard, save_model
+from train.presets import ModelSettings
+
+LIMIT = 24
+STATES = {"column": "cell_type", "start": "alpha", "goal": "beta", "alternates": ["delta"], "cells_per_state": 8}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scan")
+    corpus = write_corpus(folder / "corpus", num_cells=60, lengths=(4, 40))
+    genes = Corpus(corpus).genes
+    torch.manual_seed(0)
+    config = ModelSettings(preset="tiny", max_length=LIMIT).bert_config(genes.vocab_size)
+    config.initializer_range = 0.3
+    card = ModelCard(kind="masked_lm", genes_hash=genes.hash, special_tokens="none", max_length=LIMIT)
+    save_model(folder / "model", MaskedLM(config), card, genes)
+    return str(corpus), str(folder / "model")
+
+
+def scan(inputs, out, **changes):
+    settings = {"states": STATES, "engine": {"workers": 0, "unit_tokens": 900}, **changes}
+    return Scan(ScanSettings.model_validate(settings), *inputs, str(out))
+
+
+def table(out):
+    return read_shifts(str(out))[1]
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "out"
+    run_scan(scan(inputs, out))
+    return out
+
+
+def test_table_equals_stock_masked_lm_from_the_saved_folder(inputs, finished):
+    """20 cells end to end, from files to files, against stock transformers on one sequence at a time."""
+    corpus = Corpus(inputs[0])
+    obs = corpus.obs(["cell_id", "cell_type", "donor_id"])
+    net = BertForMaskedLM.from_pretrained(inputs[1]).eval()
+
+    def hidden(tokens):
+        with torch.no_grad():
+            return net(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0].double().numpy()
+
+    def cosine(a, b):
+        return a @ b / np.sqrt((a @ a) * (b @ b))
+
+    found = {(row["cell_id"], row["ensembl_id"]): row for row in table(finished).iter_rows(named=True)}
+    manifest = read_shifts(str(finished))[0]
+    cells_of = {state: obs.with_row_index().filter(pl.col("cell_type") == state)["index"] for state in manifest.states}
+    assert manifest.state_cells == {"alpha": 8, "beta": 8, "delta": 8}
+    draw = np.random.default_rng(0).random(len(corpus))
+    centroids = {}
+    for state, members in cells_of.items():
+        chosen = sorted(members.to_list(), key=lambda cell: draw[cell])[:8]
+        inputs_of = [corpus.read_cells(np.array([cell])).tokens.tolist()[:LIMIT] for cell in chosen]
+        centroids[state] = np.mean([hidden(tokens).mean(axis=0) for tokens in inputs_of], axis=0)
+    assert len(cells_of["alpha"]) == 20
+    seen = 0
+    for cell in cells_of["alpha"].to_list():
+        tokens = corpus.read_cells(np.array([cell])).tokens.tolist()[:LIMIT]
+        before = hidden(tokens)
+        for rank, token in enumerate(tokens):
+            row = found[obs["cell_id"][cell], corpus.genes.ensembl_ids[token - 4]]
+            after = hidden(tokens[:rank] + tokens[rank + 1 :]).mean(axis=0)
+            mean = np.delete(before, rank, axis=0).mean(axis=0)
+            assert row["rank"] == rank
+            assert row["donor_id"] == obs["donor_id"][cell]
+            assert row["symbol"] == corpus.genes.symbols[token - 4]
+            assert row["similarity"] == pytest.approx(cosine(after, mean), abs=1e-5)
+            for state, centroid in centroids.items():
+                expected = cosine(after, centroid) - cosine(mean, centroid)
+                assert row[f"shift_{state}"] == pytest.approx(expected, abs=1e-5)
+            seen += 1
+    assert seen == len(found) == manifest.rows
+
+
+def test_columns_are_those_of_the_design(finished):
+    assert table(finished).columns == [
+        "cell_id", "donor_id", "cell_type", "perturbation", "ensembl_id", "symbol", "rank", "similarity",
+        "shift_alpha", "shift_beta", "shift_delta", "no_op",
+    ]  # fmt: skip
+
+
+def test_interrupted_scan_goes_on(inputs, finished, tmp_path):
+    """Files of half the units, and a foreign one: the rest is run, the result is the same, the foreign one ignored."""
+    ready = scan(inputs, tmp_path)
+    assert len(ready.units) >= 6
+    done = tmp_path / "shifts"
+    done.mkdir()
+    for unit in ready.units[::2]:
+        data = (finished / "shifts" / f"{unit.unit_id}.parquet").read_bytes()
+        (done / f"{unit.unit_id}.parquet").write_bytes(data)
+    (done / "foreign.parquet").write_bytes(data)
+    before = {path.name: path.stat().st_mtime_ns for path in done.iterdir()}
+    run_scan(ready)
+    assert {path.name: path.stat().st_mtime_ns for path in done.iterdir() if path.name in before} == before
+    assert table(tmp_path).equals(table(finished))
+    assert (tmp_path / "manifest.json").read_bytes() == (finished / "manifest.json").read_bytes()
+
+
+def test_finished_scan_is_not_run_again_and_not_mixed_with_another(inputs, finished):
+    stamps = {path: path.stat().st_mtime_ns for path in (finished / "shifts").iterdir()}
+    run_scan(scan(inputs, finished))
+    assert {path: path.stat().st_mtime_ns for path in (finished / "shifts").iterdir()} == stamps
+    with pytest.raises(UserError, match="holds another scan"):
+        run_scan(scan(inputs, finished, perturbation={"kind": "overexpress"}))
+
+
+def test_changed_file_is_refused(inputs, tmp_path):
+    run_scan(scan(inputs, tmp_path, cells={"max_per_group": 2}))
+    path = next((tmp_path / "shifts").iterdir())
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(UserError, match=path.name):
+        read_shifts(str(tmp_path))
+
+
+def test_unit_size_changes_files_but_no_value(inputs, finished, tmp_path):
+    """A cell cut into blocks of genes gives the same rows as a cell in one unit."""
+    ready = scan(inputs, tmp_path, engine={"workers": 0, "unit_tokens": 100})
+    assert any(unit.last_set is not None for unit in ready.units)
+    run_scan(ready)
+    keys = ["cell_id", "ensembl_id"]
+    ours, theirs = table(tmp_path).sort(keys), table(finished).sort(keys)
+    assert ours.select(*keys, "rank", "no_op").equals(theirs.select(*keys, "rank", "no_op"))
+    for name in ("similarity", "shift_alpha", "shift_beta", "shift_delta"):
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.ray
+def test_number_of_workers_does_not_matter(inputs, finished, tmp_path, ray_cluster):
+    for workers in (1, 4):
+        run_scan(scan(inputs, tmp_path / str(workers), engine={"workers": workers, "unit_tokens": 900}))
+        assert table(tmp_path / str(workers)).equals(table(finished))
+
+
+@pytest.mark.chaos
+def test_killed_scan_run_again_equals_an_undisturbed_one(inputs, finished, tmp_path, repository):
+    config = tmp_path / "scan.toml"
+    config.write_text(
+        '[states]\ncolumn = "cell_type"\nstart = "alpha"\ngoal = "beta"\nalternates = ["delta"]\ncells_per_state = 8\n'
+        "[engine]\nworkers = 0\nunit_tokens = 900\ntoken_budget = 30\n"
+    )
+    code = (
+        "import sys; from corpus.settings import main; from evaluate.perturb_commands import PerturbCommand; "
+        "sys.exit(main('evaluate', {'perturb': PerturbCommand}))"
+    )
+    corpus, model = inputs
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", code, "perturb", "--config", str(config), "--corpus", corpus, "--model", model]
+    command += ["--out", str(out)]
+    process = subprocess.Popen(command, cwd=repository, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("shifts/*.parquet")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    committed = list(out.glob("shifts/*.parquet"))
+    assert committed
+    assert not (out / "manifest.json").exists(), "killed too late to show anything"
+    subprocess.run(command, cwd=repository, check=True)
+    frame = table(out)
+    assert frame.select("cell_id", "ensembl_id").is_duplicated().sum() == 0
+    keys = ["cell_id", "ensembl_id"]
+    ours, theirs = frame.sort(keys), table(finished).sort(keys)
+    assert ours.select(keys).equals(theirs.select(keys))
+    np.testing.assert_allclose(ours["shift_beta"], theirs["shift_beta"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("alternates", [[], ["delta"]])
+def test_alternates_are_optional(inputs, tmp_path, alternates):
+    changed = {**STATES, "alternates": alternates}
+    manifest = run_scan(scan(inputs, tmp_path, states=changed, cells={"max_per_group": 2}))
+    assert manifest.states == ["alpha", "beta", *alternates]
+
+
+def test_without_states_only_similarity(inputs, tmp_path):
+    manifest = run_scan(scan(inputs, tmp_path, states=None, cells={"max_per_group": 3, "group_by": ["donor_id"]}))
+    assert manifest.num_cells == 9
+    assert [name for name in table(tmp_path).columns if name.startswith("shift")] == []
+
+
+def test_joint_lists_are_list_columns_and_skips_are_counted(inputs, tmp_path):
+    change = {"genes": ["Gene3", "ENSMUSG00000000007", "gene30"], "combine": "joint", "require": "any"}
+    manifest = run_scan(scan(inputs, tmp_path, perturbation=change))
+    frame = table(tmp_path)
+    assert frame["symbol"].to_list() == [["Gene3", "Gene7", "Gene30"]] * len(frame)
+    assert len(frame) + manifest.skipped["absent"] + manifest.skipped["nothing_left"] == 20
+    assert manifest.skipped["absent"] > 0
+    assert all(max(ranks) >= 0 for ranks in frame["rank"].to_list())
+
+
+def test_rare_genes_are_left_out(inputs, finished, tmp_path):
+    run_scan(scan(inputs, tmp_path, perturbation={"min_cells": 8}))
+    counts = table(finished)["ensembl_id"].value_counts()
+    expected = set(counts.filter(pl.col("count") >= 8)["ensembl_id"])
+    assert 0 < len(expected) < len(counts)
+    assert set(table(tmp_path)["ensembl_id"]) == expected
+
+
+def test_filters_hold_for_cells_and_centroids(inputs, tmp_path):
+    manifest = run_scan(scan(inputs, tmp_path, cells={"filters": {"donor_id": ["d1"]}}))
+    assert set(table(tmp_path)["donor_id"]) == {"d1"}
+    assert manifest.state_cells["beta"] == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"states": {**STATES, "goal": "gamma"}}, r"state 'gamma'.*alpha \(20\)"),
+        ({"states": {**STATES, "column": "nothing"}}, "no column 'nothing'"),
+        ({"perturbation": {"genes": ["Nope"]}}, "gene 'Nope'"),
+        ({"readout": {"layer": "layer_3"}}, "layer_3: the model has 2 layers"),
+        ({"readout": {"embedding": "cls"}}, "no <cls> token"),
+        ({"cells": {"filters": {"donor_id": ["d9"]}}}, r"filters.donor_id: no cell is left"),
+    ],
+)
+def test_bad_requests_stop_before_any_work(inputs, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        scan(inputs, tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_is_recorded(finished):
+    (path,) = (finished / "runs").iterdir()
+    facts = json.loads(path.read_bytes())
+    assert facts["settings"]["states"]["goal"] == "beta"
+    assert set(facts["inputs"]) == {"model", "corpus", "genes"}
