@@ -23,6 +23,8 @@ except ImportError:  # before torch 2.11
 Backend = Literal["auto", "padded", "varlen"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+_UNBOUNDED = 1 << 62
+
 
 class Limits(NamedTuple):
     """How cells are grouped into rectangles."""
@@ -33,9 +35,12 @@ class Limits(NamedTuple):
     """Largest n * L * L of a rectangle of more than one cell."""
 
 
-# CPU: measured on lengths 64 to 1,250; larger rectangles fall out of the cache when dropout makes scores explicit.
-# CUDA: fewer and larger kernels; not measured.
-_LIMITS = {"cpu": Limits(min_fill=7 / 8, max_scores=1 << 22), "cuda": Limits(min_fill=1 / 2, max_scores=1 << 28)}
+def _limits(device: torch.device, dropout: float) -> Limits:
+    if device.type != "cpu":
+        return Limits(min_fill=1 / 2, max_scores=_UNBOUNDED)  # fewer and larger kernels; not measured
+    # Measured on lengths 64 to 1,250. The CPU kernel has no dropout: scores then become explicit, and large rectangles
+    # fall out of the cache (1.5 times the time at 4 Mi scores).
+    return Limits(min_fill=0.9, max_scores=1 << 20 if dropout else _UNBOUNDED)
 
 
 def make_attention(packed: Packed, dtype: torch.dtype, dropout: float, backend: Backend = "auto") -> Attend:
@@ -111,12 +116,11 @@ class PaddedAttention:
     def __init__(self, packed: Packed, dropout: float) -> None:
         self.dropout = dropout
         device = packed.tokens.device
-        groups = [np.arange(len(packed))]
-        if not packed.is_rectangle:
-            groups = group_by_length(packed.lengths, _LIMITS.get(device.type, _LIMITS["cuda"]))
+        groups = group_by_length(packed.lengths, _limits(device, dropout))
         self.rectangles = [_rectangle(packed.lengths[cells], device) for cells in groups]
         self.sizes = [rectangle.num_cells * rectangle.length for rectangle in self.rectangles]
-        # Rows of the batch in rectangle order (padding repeats row 0, and is masked), and the way back.
+        # Rows of the batch in rectangle order (padding repeats row 0, and is masked), and the way back. Cells of one
+        # length stay in their order, and nothing needs to move.
         self.to_rectangles: Tensor | None = None
         self.to_packed: Tensor | None = None
         if not packed.is_rectangle:

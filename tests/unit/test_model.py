@@ -1,5 +1,7 @@
 """The model against stock transformers with the same weights, and that cells in a batch do not touch each other."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -344,6 +346,21 @@ def test_rectangles_cover_every_cell_once_within_their_limits():
         longest = lengths[cells].max()
         assert lengths[cells].min() >= 0.8 * longest
         assert len(cells) == 1 or len(cells) * longest**2 <= 400_000
+
+
+@pytest.mark.parametrize("lengths", [[900, 890, 200, 900], [900] * 4])
+def test_attention_cut_into_rectangles_for_dropout_is_exact(lengths):
+    """A dropout too small to drop anything takes the path with explicit, and therefore bounded, scores."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    packed = pack(Cells(np.arange(4), offsets, np.full(offsets[-1], 7, np.uint16)), 900)
+    attend = PaddedAttention(packed, 1e-12)
+    assert len(attend.rectangles) == 4
+    q, k, v = torch.randn(3, int(offsets[-1]), 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    got = attend(q, k, v)
+    for a, b in itertools.pairwise(offsets):
+        scores = torch.einsum("ihk,jhk->hij", q[a:b], k[a:b]) / 8**0.5
+        expected = torch.einsum("hij,jhk->ihk", scores.softmax(-1), v[a:b])
+        torch.testing.assert_close(got[a:b], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_kernel_that_cannot_do_it_is_refused_not_replaced():
