@@ -101,7 +101,7 @@ def quieten() -> None:
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """Copy all weights to host memory, float32, gathering what ZeRO-3 has partitioned; every process calls this."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
