@@ -10,6 +10,7 @@ from anndata.io import read_elem, sparse_dataset
 
 from corpus.errors import UserError
 from ingest.formats import Features
+from ingest.h5_chunks import read_csr
 from ingest.mapping import ensembl_share
 from ingest.settings import Source
 
@@ -93,6 +94,8 @@ class H5ad:
     def rows(self, start: int, stop: int) -> sp.csr_matrix:
         """Counts of the cells `start:stop`, as stored (not checked)."""
         try:
+            if getattr(self._matrix, "format", None) == "csr":
+                return read_csr(self._node, self._stream, start, stop)
             block = self._matrix[start:stop]
         except (OSError, ValueError) as error:
             raise UserError(f"{self._source.uri}: {self.layer}, rows {start} to {stop}: {error}") from error
