@@ -21,6 +21,16 @@ class Record(BaseModel):
         return self.model_dump_json(indent=1).encode() + b"\n"
 
 
+def unit_shard(unit_id: str) -> str:
+    """Path of a unit's shard inside the corpus."""
+    return f"shards/{unit_id}.parquet"
+
+
+def unit_record(unit_id: str) -> str:
+    """Path of a unit's record inside the corpus."""
+    return f"units/{unit_id}.json"
+
+
 class Unit(Record):
     """One work unit: a row range of one source file, as it ended up in one shard."""
 
@@ -41,12 +51,12 @@ class Unit(Record):
     @property
     def shard(self) -> str:
         """Path of the shard inside the corpus."""
-        return f"shards/{self.unit_id}.parquet"
+        return unit_shard(self.unit_id)
 
     @property
     def record(self) -> str:
         """Path of this record inside the corpus."""
-        return f"units/{self.unit_id}.json"
+        return unit_record(self.unit_id)
 
 
 class Manifest(Record):

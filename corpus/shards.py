@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from corpus.errors import RunError
 from corpus.hashing import digest_table
-from corpus.manifest import Unit
+from corpus.manifest import Unit, unit_shard
 from corpus.rank import rank_cells
 from corpus.schema import ROW_GROUP_CELLS, shard_schema
 from corpus.store import Store
@@ -76,10 +77,18 @@ def write_shard(
 
     Returns
     -------
-    The unit's record. A unit is a pure function of its id, so a file that is already there is the same file; the
-    hashes in the record are of the bytes made here, and `ingest verify` compares them with what is stored.
+    The unit's record, the stored one if there is one already.
+
+    Raises
+    ------
+    RunError
+        If a shard or a record of this name is there with another content. A unit is a pure function of its id, so
+        one of them was changed.
     """
     data = shard_bytes(table)
+    content = digest_table(table)
+    if not store.create(unit_shard(unit_id), data):
+        data = _same_content(store, unit_shard(unit_id), data, content)
     rows = table.num_rows
     unit = Unit.model_validate(
         {
@@ -91,9 +100,26 @@ def write_shard(
             "num_tokens": len(table["tokens"].combine_chunks().flatten()),
             "size_bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
-            "content_sha256": digest_table(table),
+            "content_sha256": content,
         }
     )
-    store.create(unit.shard, data)
-    store.create(unit.record, unit.to_json())
-    return unit
+    if store.create(unit.record, unit.to_json()):
+        return unit
+    recorded = Unit.model_validate_json(store.read_bytes(unit.record))
+    if recorded.model_dump(exclude={"source"}) != unit.model_dump(exclude={"source"}):
+        raise RunError(f"{store.uri}/{unit.record}: says otherwise than this run; move it away and run again")
+    return recorded
+
+
+def _same_content(store: Store, path: str, data: bytes, content: str) -> bytes:
+    """Bytes of a shard that is already there: another pyarrow may have encoded the same rows otherwise."""
+    stored = store.read_bytes(path)
+    if stored == data:
+        return data
+    try:
+        same = digest_table(pq.read_table(pa.BufferReader(stored))) == content
+    except pa.ArrowException:
+        same = False
+    if not same:
+        raise RunError(f"{store.uri}/{path}: is already there with another content; move it away and run again")
+    return stored

@@ -4,10 +4,12 @@ Nothing here overwrites or renames: a name is either absent or holds what its fi
 property carries the commit protocol of a corpus (docs/corpus-format.md).
 """
 
-import contextlib
+import errno
+import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -16,8 +18,13 @@ from typing import Any, BinaryIO, cast
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from corpus.errors import UserError
+from corpus.errors import RunError, UserError
 from corpus.hashing import digest_stream
+from corpus.store_errors import error_codes, is_passing, is_taken, told
+
+# Objects of two parts and more are sent in parts; S3 takes no part but the last below 5 MiB.
+_PART_BYTES = 64 << 20
+_ATTEMPTS = 6
 
 
 class Store:
@@ -62,42 +69,46 @@ class Store:
 
     def exists(self, path: str = "") -> bool:
         """Tell whether a file (or a folder with something in it) has this name."""
-        return bool(self._fs_root[0].exists(self._full(path)))
+        with told(f"{self.uri}/{path}"):
+            return bool(self._fs_root[0].exists(self._full(path)))
 
     def size(self, path: str) -> int:
         """Size of a file in bytes."""
-        return int(self._fs_root[0].size(self._full(path)))
+        with told(f"{self.uri}/{path}"):
+            return int(self._fs_root[0].size(self._full(path)))
 
     def names(self, folder: str = "") -> list[str]:
         """Names of the files and folders directly inside `folder`, sorted; empty if there is no such folder."""
         fs, _ = self._fs_root
-        with contextlib.suppress(FileNotFoundError):
-            found = fs.ls(self._full(folder), detail=False)
-            # `.` names are writers' temporary files that a killed process left behind.
-            names = {PurePosixPath(name).name for name in found}
-            return sorted(name for name in names if not name.startswith("."))
-        return []
+        with told(f"{self.uri}/{folder}"):
+            try:
+                found = fs.ls(self._full(folder), detail=False)
+            except FileNotFoundError as error:
+                if "NoSuchBucket" in error_codes(error):
+                    raise
+                return []
+        # `.` names are writers' temporary files that a killed process left behind.
+        names = {PurePosixPath(name).name for name in found}
+        return sorted(name for name in names if not name.startswith("."))
 
     def modified(self, path: str) -> float:
         """Time of last change, in seconds since 1970."""
-        return float(self._fs_root[0].modified(self._full(path)).timestamp())
+        with told(f"{self.uri}/{path}"):
+            return float(self._fs_root[0].modified(self._full(path)).timestamp())
 
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading, with seek."""
-        fs, _ = self._fs_root
-        try:
-            return cast("BinaryIO", fs.open(self._full(path), "rb"))
-        except FileNotFoundError as error:
-            raise UserError(f"{self.uri}/{path}: no such file") from error
+        with told(f"{self.uri}/{path}"):
+            return cast("BinaryIO", self._fs_root[0].open(self._full(path), "rb"))
 
     def read_bytes(self, path: str) -> bytes:
         """Read a whole file."""
-        with self.open(path) as stream:
+        with told(f"{self.uri}/{path}"), self.open(path) as stream:
             return stream.read()
 
     def sha256(self, path: str) -> str:
         """SHA-256 of a file, read in bounded memory."""
-        with self.open(path) as stream:
+        with told(f"{self.uri}/{path}"), self.open(path) as stream:
             return digest_stream(stream)
 
     def create(self, path: str, data: bytes) -> bool:
@@ -105,39 +116,78 @@ class Store:
 
         Returns
         -------
-        True if this call created the file; False if the name was taken, by whoever: the file is then untouched.
+        True if this call created the file; False if the name was taken, by whoever: the file is then untouched. After
+        a connection that broke at a bad moment, the one who holds the name may be this very call: where it matters
+        what the file holds, use `create_same`.
+
+        Raises
+        ------
+        UserError, RunError
+            If the place refuses the write or cannot be reached; see `corpus.store_errors.told`.
         """
-        if self.is_local:
-            return _create_local(Path(self.uri) / path, data)
-        fs, _ = self._fs_root
-        try:
-            fs.pipe_file(self._full(path), data, mode="create")
-        except FileExistsError:
-            return False
-        return True
+        with told(f"{self.uri}/{path}"):
+            if self.is_local:
+                return _create_local(Path(self.uri) / path, data)
+            return self._create_object(path, data)
+
+    def _create_object(self, path: str, data: bytes) -> bool:
+        fs, name = self._fs_root[0], self._full(path)
+        for attempt in range(_ATTEMPTS):
+            try:
+                fs.pipe_file(name, data, mode="create", chunksize=_PART_BYTES)
+            except Exception as error:
+                if is_taken(error):
+                    return False
+                if attempt == _ATTEMPTS - 1 or not is_passing(error):
+                    raise
+                time.sleep(0.2 * 2**attempt)
+                if fs.exists(name):  # written by the request whose answer was lost, or by somebody else
+                    return False
+            else:
+                return True
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def create_same(self, path: str, data: bytes) -> bool:
+        """Write a file whose name says what is in it; a name that is taken must hold these very bytes.
+
+        Returns
+        -------
+        True if this call created the file, False if it was there.
+
+        Raises
+        ------
+        RunError
+            If the file is there with other bytes.
+        """
+        if self.create(path, data):
+            return True
+        if not self.holds(path, len(data), hashlib.sha256(data).hexdigest()):
+            raise RunError(f"{self.uri}/{path}: is already there with another content; move it away and run again")
+        return False
+
+    def holds(self, path: str, size: int, sha256: str) -> bool:
+        """Tell whether a file is there with this size and hash."""
+        return self.exists(path) and self.size(path) == size and self.sha256(path) == sha256
 
     def create_from_file(self, path: str, source: Path) -> bool:
         """Like `create`, from a file on this machine (read as a whole on object storage)."""
         if not self.is_local:
             return self.create(path, source.read_bytes())
-        target = Path(self.uri) / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", suffix=".part", delete=False) as part:
-            with source.open("rb") as stream:
-                shutil.copyfileobj(stream, part)
-            part.flush()
-            os.fsync(part.fileno())
-        return _publish(Path(part.name), target)
+        with told(f"{self.uri}/{path}"), source.open("rb") as stream:
+            return _create_local(Path(self.uri) / path, stream)
 
     def remove(self, path: str) -> None:
         """Remove one file. Only garbage collection and the end of a run call this; recovery never does."""
-        self._fs_root[0].rm_file(self._full(path))
+        with told(f"{self.uri}/{path}"):
+            self._fs_root[0].rm_file(self._full(path))
 
     def walk(self) -> Iterator[str]:
         """Relative paths of all files below, sorted."""
         fs, root = self._fs_root
         prefix = root.rstrip("/") + "/"
-        for name in sorted(fs.find(root)):
+        with told(self.uri):
+            found = sorted(fs.find(root))
+        for name in found:
             relative = name.removeprefix(prefix)
             if not any(part.startswith(".") for part in PurePosixPath(relative).parts):
                 yield relative
@@ -159,7 +209,8 @@ def match_uris(pattern: str) -> list[str]:
     if not any(sign in pattern for sign in "*?["):
         return [pattern]
     fs, path = url_to_fs(pattern)
-    found = sorted(str(name) for name in fs.glob(path))
+    with told(pattern):
+        found = sorted(str(name) for name in fs.glob(path))
     return found if "://" not in pattern else [fs.unstrip_protocol(name) for name in found]
 
 
@@ -169,22 +220,35 @@ def split_uri(uri: str) -> tuple[Store, str]:
     return Store(folder or ("/" if uri.startswith("/") else ".")), name
 
 
-def _create_local(target: Path, data: bytes) -> bool:
+def _create_local(target: Path, data: bytes | BinaryIO) -> bool:
+    """Write a temporary file beside the target, then give it its name.
+
+    `link` fails if the name is taken, where `rename` would overwrite. File and folder are flushed to the disk, so that
+    after a power cut a file that is there is whole, and one that was reported as written is there.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", suffix=".part", delete=False) as part:
-        part.write(data)
-        part.flush()
-        os.fsync(part.fileno())
-    return _publish(Path(part.name), target)
-
-
-def _publish(part: Path, target: Path) -> bool:
-    """Give a finished temporary file its name: `link` fails if the name is taken, `rename` would overwrite."""
-    part.chmod(0o644)
+        try:
+            if isinstance(data, bytes):
+                part.write(data)
+            else:
+                shutil.copyfileobj(data, part)
+            part.flush()
+            os.fsync(part.fileno())
+            Path(part.name).chmod(0o644)
+            os.link(part.name, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in {errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}:
+                text = "this file system has no hard links, by which a file is created whole or not at all"
+                raise UserError(f"{target}: {text}; choose another place for the output") from error
+            raise
+        finally:
+            Path(part.name).unlink()
+    folder = os.open(target.parent, os.O_RDONLY)
     try:
-        os.link(part, target)
-    except FileExistsError:
-        return False
+        os.fsync(folder)
     finally:
-        part.unlink()
+        os.close(folder)
     return True

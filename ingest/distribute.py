@@ -13,7 +13,7 @@ import ray
 import ray.data
 
 from corpus.cluster import ray_options
-from corpus.errors import UserError
+from corpus.errors import RunError, UserError
 
 
 @contextlib.contextmanager
@@ -49,6 +49,11 @@ def map_tasks(
     Yields
     ------
     position, facts or the `UserError` that the task raised, arrays
+
+    Raises
+    ------
+    RunError
+        The first one that a task raised: no fault of its source, so nothing is gained by going on.
     """
     if not tasks:
         return
@@ -61,6 +66,8 @@ def map_tasks(
                 facts, arrays = work(ray.get(held)[position])
             except UserError as error:
                 facts, arrays = {"user_error": str(error)}, {}
+            except RunError as error:
+                facts, arrays = {"run_error": str(error)}, {}
             buffer = io.BytesIO()
             np.savez(buffer, allow_pickle=False, **arrays)
             results.append((json.dumps(facts), buffer.getvalue()))
@@ -79,6 +86,8 @@ def map_tasks(
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in pa.table(batch).to_pylist():
             facts = json.loads(row["facts"])
+            if "run_error" in facts:
+                raise RunError(facts["run_error"])
             with np.load(io.BytesIO(row["arrays"]), allow_pickle=False) as arrays:
                 outcome = UserError(facts["user_error"]) if "user_error" in facts else facts
                 yield row["position"], outcome, dict(arrays)

@@ -10,10 +10,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from corpus.errors import UserError
+from corpus.errors import RunError, UserError
 from corpus.genes import GeneTable
 from corpus.hashing import digest_json
-from corpus.manifest import Unit
+from corpus.manifest import Unit, unit_record
 from corpus.medians import Histogram, normalise, survivors
 from corpus.schema import FORMAT_VERSION, obs_names
 from corpus.shards import ranked_table, write_shard
@@ -100,14 +100,20 @@ def _cells_file(
     )
     sink = pa.BufferOutputStream()
     # Read three times on local disk and then removed: cheap to decode matters more than small.
-    pq.write_table(table, sink, compression="lz4", use_dictionary=["dataset_id", *labels, "counts.list.element"])
+    dictionary = ["dataset_id", *labels, "counts.list.element"]
+    # Checksums, because nothing else would notice a changed count between the stages.
+    pq.write_table(table, sink, compression="lz4", use_dictionary=dictionary, write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 
 def read_cells(unit: WorkUnit, store: Store, columns: Sequence[str] | None = None) -> pa.Table:
     """Read (some columns of) a unit's cells file."""
     with store.open(unit.cells) as stream:
-        return pq.read_table(stream, columns=None if columns is None else list(columns)).combine_chunks()
+        wanted = None if columns is None else list(columns)
+        try:
+            return pq.read_table(stream, columns=wanted, page_checksum_verification=True).combine_chunks()
+        except (OSError, pa.ArrowException) as error:
+            raise RunError(f"{store.uri}/{unit.cells}: {error}; move it away and run again") from error
 
 
 def survey(unit: WorkUnit, store: Store) -> tuple[Sums, int, int]:
@@ -168,6 +174,24 @@ def middle_values(
     return survivors(*_normalised(unit, store, bounds, rules, wanted), low, high)
 
 
+def _finished(unit_id: str, store: Store) -> Unit | None:
+    """Record of a unit that an earlier run has finished, once its shard is found to be what the record says.
+
+    Raises
+    ------
+    RunError
+        If the shard was changed. A shard that is missing is made again.
+    """
+    if not store.exists(unit_record(unit_id)):
+        return None
+    unit = Unit.model_validate_json(store.read_bytes(unit_record(unit_id)))
+    if not store.exists(unit.shard):
+        return None
+    if not store.holds(unit.shard, unit.size_bytes, unit.sha256):
+        raise RunError(f"{store.uri}/{unit.shard}: was changed since it was written; move it away and run again")
+    return unit
+
+
 def publish(
     unit: WorkUnit,
     store: Store,
@@ -186,8 +210,9 @@ def publish(
     """
     found = unit.inspection
     unit_id = digest_json([FORMAT_VERSION, unit.cells_id, bounds.model_dump(), rules.model_dump(), vocabulary.hash])
-    if store.exists(f"units/{unit_id}.json"):
-        return Unit.model_validate_json(store.read_bytes(f"units/{unit_id}.json"))
+    done = _finished(unit_id, store)
+    if done is not None:
+        return done
     cells, dropped = _kept(read_cells(unit, store), bounds, rules)
     indptr, genes, counts = _entries(cells)
     tokens = token_of_row[genes]
