@@ -1,0 +1,230 @@
+"""From shifts to genes: effect, interval and p-value of each perturbed gene, against other genes of the same cells.
+
+A deletion moves every embedding a little, more so for genes of high rank, so shifts of genes without any role are not
+centred on zero. Each shift is therefore compared with those of the other genes of its own cell that are alike in rank
+and in detection (`add_null`). What is left, the excess, is tested over donors where there are enough of them: cells of
+one animal are no replicates. With fewer donors cells are all there is; such p-values say nothing about variation
+between animals, and the column `test` says that they were made this way.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import scipy.stats
+
+from evaluate.moderation import moderate
+from evaluate.perturb_settings import StatsSettings
+
+NULL_SIZE = 20
+"""Other genes that a cell must offer as a null."""
+_MAX_BINS = 8
+
+OVER_DONORS = "donors, against matched genes"
+OVER_DONORS_ZERO = "donors, against no shift"
+OVER_CELLS = "cells pooled (too few donors), against matched genes"
+OVER_CELLS_ZERO = "cells pooled (too few donors), against no shift"
+TOO_FEW_CELLS = "none: too few cells"
+TOO_FEW_DONORS = "none: gene in too few donors"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Columns of a table of values: what was perturbed, in which cell, of which donor."""
+
+    gene: str = "ensembl_id"
+    cell: str = "cell_id"
+    donor: str = "donor_id"
+    rank: str = "rank"
+
+
+KEYS = Keys()
+
+
+def add_null(frame: pl.DataFrame, value: str) -> pl.DataFrame:
+    """Add to each row what the other genes of its cell and bin say.
+
+    A cell's rows are cut into bins of equal size by rank, and each of these by the number of cells that their genes
+    were perturbed in, so that a bin holds at least `NULL_SIZE` rows besides the one looked at.
+
+    Parameters
+    ----------
+    frame
+        `ensembl_id`, `cell_id`, `rank` and the value, one row a cell and gene.
+    value
+        Name of the column tested.
+
+    Returns
+    -------
+    The frame with `null_mean` and `null_var` (mean and variance of the others), `null_size` (how many) and `excess`
+    (value minus `null_mean`); null where the cell has too few other genes.
+    """
+    of_cell = pl.len().over(KEYS.cell)
+    bins = ((of_cell - 1) / NULL_SIZE).sqrt().floor().clip(1, _MAX_BINS)
+    frame = frame.with_columns(
+        pl.len().over(KEYS.gene).alias("_detected"),
+        bins.cast(pl.Int32).alias("_bins"),
+        of_cell.cast(pl.Int32).alias("_rows"),
+    )
+    by_rank = pl.col(KEYS.rank).rank("ordinal").over(KEYS.cell) - 1
+    frame = frame.with_columns((by_rank * pl.col("_bins") // pl.col("_rows")).alias("_rank_bin"))
+    group = [KEYS.cell, "_rank_bin"]
+    by_detection = pl.col("_detected").rank("ordinal").over(group) - 1
+    frame = frame.with_columns((by_detection * pl.col("_bins") // pl.len().over(group)).alias("_bin"))
+    group = [*group, "_bin"]
+    x, size = pl.col(value).cast(pl.Float64), pl.len().over(group).cast(pl.Int64) - 1
+    # Variances from sums need centred numbers: shifts of a bin differ little compared with their size.
+    frame = frame.with_columns((x - x.mean().over(group)).alias("_centred"), x.mean().over(group).alias("_bin_mean"))
+    y = pl.col("_centred")
+    others = y.sum().over(group) - y
+    squares = (y**2).sum().over(group) - y**2
+    mean = others / size
+    variance = (squares - size * mean**2) / (size - 1)
+    enough = size >= NULL_SIZE - 1
+    frame = frame.with_columns(
+        pl.when(enough).then(pl.col("_bin_mean") + mean).alias("null_mean"),
+        pl.when(enough).then(variance.clip(0)).alias("null_var"),
+        pl.when(enough).then(size).alias("null_size"),
+        pl.when(enough).then(y - mean).alias("excess"),
+    )
+    return frame.drop(name for name in frame.columns if name.startswith("_"))
+
+
+def gene_statistics(frame: pl.DataFrame, value: str, settings: StatsSettings) -> pl.DataFrame:
+    """Test every gene.
+
+    Parameters
+    ----------
+    frame
+        `ensembl_id`, `cell_id`, `donor_id` (may be null), `rank` and the value, one row a cell and gene.
+    value
+        Name of the column tested.
+
+    Returns
+    -------
+    One row a gene: `n_cells`, `n_donors`; `mean` (over donors where donors are tested, else over cells) with its
+    interval `ci_low`, `ci_high`; `null_mean`, `null_size` (matched genes' values behind it) and `excess`, the mean of
+    value minus null; `p_value` of the excess (of the mean where there is no null), two-sided; `fdr` over the tested
+    genes (Benjamini and Hochberg 1995); `p_genes`, the share of the `null_genes` = M other genes nearest in detection
+    whose excess is as extreme, (1 + hits) / (M + 1) on the nearer side, doubled; `test`, which test was done.
+    """
+    frame = add_null(frame, value).with_columns(pl.col(value).cast(pl.Float64))
+    genes = _cell_level(frame, value)
+    over_donors = frame[KEYS.donor].n_unique() - (frame[KEYS.donor].null_count() > 0) >= settings.min_donors
+    has_null = genes["null_size"].fill_null(0) > 0
+    if over_donors:
+        genes = _donor_level(frame, genes, value, settings)
+        named = pl.when(has_null).then(pl.lit(OVER_DONORS)).otherwise(pl.lit(OVER_DONORS_ZERO))
+    else:
+        genes = _pooled(genes, settings)
+        named = pl.when(has_null).then(pl.lit(OVER_CELLS)).otherwise(pl.lit(OVER_CELLS_ZERO))
+    few_cells = pl.col("n_cells") < settings.min_cells
+    genes = genes.with_columns(
+        pl.when(few_cells).then(pl.lit(TOO_FEW_CELLS))
+        .when(pl.col("p_value").is_null()).then(pl.lit(TOO_FEW_DONORS))
+        .otherwise(named).alias("test"),
+        pl.when(~few_cells).then(pl.col("p_value")).alias("p_value"),
+    )  # fmt: skip
+    genes = genes.with_columns(_benjamini_hochberg(genes["p_value"]).alias("fdr"))
+    return _among_genes(genes, settings).drop("null_error", "value_error")
+
+
+def _cell_level(frame: pl.DataFrame, value: str) -> pl.DataFrame:
+    """Per gene: counts, means over cells, and the standard errors of value and excess if cells were independent."""
+    # The mean of the others has an error of its own, which counts: a draw minus the mean of `null_size` other draws.
+    drawn = pl.col("null_var") * (1 + 1 / pl.col("null_size"))
+    return (
+        frame.group_by(KEYS.gene)
+        .agg(
+            pl.col(KEYS.cell).n_unique().alias("n_cells"),
+            pl.col(KEYS.donor).drop_nulls().n_unique().alias("n_donors"),
+            pl.col(value).mean().alias("mean"),
+            (pl.col(value).std() / pl.len().sqrt()).alias("value_error"),
+            pl.col("null_mean").mean(),
+            pl.col("null_size").sum(),
+            pl.col("excess").mean(),
+            (drawn.sum().sqrt() / drawn.count()).alias("null_error"),
+        )
+        .sort(KEYS.gene)
+    )
+
+
+def _pooled(genes: pl.DataFrame, settings: StatsSettings) -> pl.DataFrame:
+    has_null = genes["excess"].is_not_null().to_numpy()
+    n = genes["n_cells"].to_numpy()
+    mean, error = genes["mean"].to_numpy(), genes["value_error"].fill_null(np.nan).to_numpy()
+    half = scipy.stats.t.ppf((1 + settings.confidence) / 2, np.maximum(n - 1, 1)) * error
+    excess = genes["excess"].fill_null(np.nan).to_numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        against_null = 2 * scipy.stats.norm.sf(np.abs(excess / genes["null_error"].fill_null(np.nan).to_numpy()))
+        against_zero = 2 * scipy.stats.t.sf(np.abs(mean / error), np.maximum(n - 1, 1))
+    p_value = np.where(has_null, against_null, against_zero)
+    return genes.with_columns(
+        _column("ci_low", mean - half), _column("ci_high", mean + half), _column("p_value", p_value)
+    )
+
+
+def _donor_level(frame: pl.DataFrame, genes: pl.DataFrame, value: str, settings: StatsSettings) -> pl.DataFrame:
+    per_donor = (
+        frame.drop_nulls(KEYS.donor)
+        .group_by(KEYS.gene, KEYS.donor)
+        .agg(pl.col(value).mean(), pl.col("excess").mean(), pl.len().alias("n"))
+        .filter(pl.col("n") >= settings.min_cells_per_donor)
+        .sort(KEYS.gene, KEYS.donor)
+    )
+    rows = np.searchsorted(genes[KEYS.gene].to_numpy(), per_donor[KEYS.gene].to_numpy())
+    donors, columns = np.unique(per_donor[KEYS.donor].to_numpy(), return_inverse=True)
+    values, excess = np.full((2, len(genes), len(donors)), np.nan)
+    values[rows, columns] = per_donor[value].to_numpy()
+    excess[rows, columns] = per_donor["excess"].fill_null(np.nan).to_numpy()
+    tested = np.isfinite(values).sum(axis=1) >= settings.min_donors
+    # Genes of like detection have like errors; the prior of the variance is theirs.
+    of_mean = moderate(np.where(tested[:, None], values, np.nan), genes["n_cells"].to_numpy())
+    of_excess = moderate(np.where(tested[:, None], excess, np.nan), genes["n_cells"].to_numpy())
+    used = of_mean.where(~np.isfinite(of_excess.mean), of_excess)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p_value = 2 * scipy.stats.t.sf(np.abs(used.mean / used.error), used.df)
+    p_value = np.where((used.mean == 0) & (used.error == 0), 1.0, p_value)
+    half = scipy.stats.t.ppf((1 + settings.confidence) / 2, of_mean.df) * of_mean.error
+    return genes.with_columns(
+        pl.Series("n_donors", np.isfinite(values).sum(axis=1).astype(np.uint32)),
+        pl.coalesce(_column("mean", of_mean.mean), "mean").alias("mean"),
+        pl.coalesce(_column("excess", of_excess.mean), "excess").alias("excess"),
+        _column("ci_low", of_mean.mean - half),
+        _column("ci_high", of_mean.mean + half),
+        _column("p_value", p_value),
+    )
+
+
+def _among_genes(genes: pl.DataFrame, settings: StatsSettings) -> pl.DataFrame:
+    """Add `p_genes`: where a gene's excess lies among those of the `null_genes` other genes nearest in detection."""
+    measure = pl.coalesce("excess", "mean")
+    table = genes.with_row_index("row").filter(pl.col("p_value").is_not_null()).with_columns(measure.alias("x"))
+    table = table.sort("n_cells", "row")
+    p = np.full(len(genes), np.nan)
+    size = len(table)
+    others = min(settings.null_genes, size - 1)
+    if others >= NULL_SIZE:
+        x = table["x"].to_numpy()
+        first = np.clip(np.arange(size) - others // 2, 0, size - others - 1)
+        for place, row in enumerate(table["row"].to_numpy()):
+            window = x[first[place] : first[place] + others + 1]
+            # The window holds the gene itself, which is the 1 of (1 + hits).
+            p[row] = min(1.0, 2 * min((window >= x[place]).sum(), (window <= x[place]).sum()) / (others + 1))
+    return genes.with_columns(
+        _column("p_genes", p), pl.when(np.isfinite(p)).then(others).cast(pl.Int32).alias("null_genes")
+    )
+
+
+def _benjamini_hochberg(p_value: pl.Series) -> pl.Series:
+    p = p_value.fill_null(np.nan).to_numpy()
+    fdr = np.full(len(p), np.nan)
+    known = np.isfinite(p)
+    if known.any():
+        fdr[known] = scipy.stats.false_discovery_control(p[known], method="bh")
+    return _column("fdr", fdr)
+
+
+def _column(name: str, values: np.ndarray) -> pl.Series:
+    """Float column in which "not known" is null, as Parquet and CSV readers expect."""
+    return pl.Series(name, values).fill_nan(None)
