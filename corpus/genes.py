@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from corpus.errors import UserError
 from corpus.hashing import digest_table
-from corpus.schema import SPECIAL_TOKENS
+from corpus.schema import MASK, SPECIAL_TOKENS
 from corpus.store import Store
 
 GENES_SCHEMA = pa.schema(
@@ -56,6 +56,9 @@ class GeneTable:
             raise UserError("gene table: tokens are not unique and ascending")
         if len(set(ids)) != len(ids):
             raise UserError("gene table: an Ensembl id occurs twice")
+        if self.tokens[0] <= MASK:
+            taken = SPECIAL_TOKENS[self.tokens[0]]
+            raise UserError(f"gene table: {ids[0]} has token {self.tokens[0]}, which is reserved for {taken}")
 
     @classmethod
     def own(
@@ -97,6 +100,16 @@ class GeneTable:
         """Symbols in token order; the Ensembl id where a gene has none."""
         pairs = zip(self.table["symbol"].to_pylist(), self.ensembl_ids, strict=True)
         return [symbol or ensembl_id for symbol, ensembl_id in pairs]
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Reserved tokens by name: always `<pad>` and `<mask>`; an imported vocabulary may lack `<cls>` and `<eos>`.
+
+        In the human Geneformer V1 vocabulary, for one, tokens 2 and 3 are genes: putting `<cls>` before its cells would
+        put a gene there.
+        """
+        genes = set(self.tokens[: len(SPECIAL_TOKENS)].tolist())
+        return {name: token for token, name in enumerate(SPECIAL_TOKENS) if token not in genes}
 
     @property
     def vocab_size(self) -> int:
