@@ -12,9 +12,8 @@ counted into the total, not even by rounding.
 import numba
 import numpy as np
 
-_RADIX_BITS = 11
-_RADIX_SIZE = 1 << _RADIX_BITS
-_RADIX_MASK = _RADIX_SIZE - 1
+_DROPPED_BITS = 52 - 11
+_MOVES_PER_ENTRY = 32
 
 
 def rank_cells(
@@ -55,66 +54,72 @@ def rank_cells(
 
 @numba.njit(cache=True, nogil=True)
 def _rank(indptr, tokens, counts, medians, out_tokens, out_counts):  # type: ignore[no-untyped-def]
-    """Radix sort on the float32 key, then an insertion pass that settles what float32 could not tell apart.
+    """Radix sort on 16 bits of the key, then an insertion pass that settles what 16 bits could not tell apart.
 
-    Rounding to float32 never reverses two keys, so after the stable radix sort only runs of equal float32 keys can be
-    out of float64 order; the insertion pass moves entries inside such runs alone. Returns the first faulty cell or -1.
+    The 16 bits are 5 of the exponent, counted from the cell's highest key, and 11 of the mantissa: two passes of 8 bits
+    over words that hold bits and place in one uint32. Dropping bits never reverses two keys, so after the stable sort
+    only runs of equal bits can be out of order. Returns the first faulty cell or -1.
     """
     longest = 0
     for cell in range(len(indptr) - 1):
         longest = max(longest, indptr[cell + 1] - indptr[cell])
     keys = np.empty(longest, np.float64)
-    bits_in, bits_out = np.empty(longest, np.uint32), np.empty(longest, np.uint32)
-    order_in, order_out = np.empty(longest, np.int32), np.empty(longest, np.int32)
-    histogram = np.empty((3, _RADIX_SIZE), np.int64)
-    single = np.empty(1, np.float32)
-    single_bits = single.view(np.uint32)
+    key_bits = keys.view(np.int64)  # positive floats order as their bits do
+    words, other = np.empty(longest, np.uint32), np.empty(longest, np.uint32)
+    low, high = np.empty(256, np.int32), np.empty(256, np.int32)
     for cell in range(len(indptr) - 1):
         start = indptr[cell]
         size = indptr[cell + 1] - start
-        histogram[:] = 0
+        top, last = np.int64(0), -1
         for i in range(size):
-            token = tokens[start + i]
-            if token >= len(medians) or counts[start + i] == 0 or (i and token <= tokens[start + i - 1]):
+            token, count = np.int64(tokens[start + i]), counts[start + i]
+            if token <= last or token >= len(medians) or count == 0:
                 return cell
-            key = counts[start + i] / medians[token]
-            if not key > 0.0:
+            last = token
+            keys[i] = count / medians[token]
+            if not keys[i] > 0.0:
                 return cell
-            keys[i] = key
-            single[0] = key
-            bits = ~single_bits[0]  # positive floats order as their bits do; inverted: highest first
-            bits_in[i], order_in[i] = bits, i
-            histogram[0, bits & _RADIX_MASK] += 1
-            histogram[1, (bits >> _RADIX_BITS) & _RADIX_MASK] += 1
-            histogram[2, bits >> (2 * _RADIX_BITS)] += 1
-        for digit in range(3):
-            offset = 0
-            for value in range(_RADIX_SIZE):
-                number = histogram[digit, value]
-                histogram[digit, value] = offset
-                offset += number
-            shift = np.uint32(digit * _RADIX_BITS)
-            for i in range(size):
-                value = (bits_in[i] >> shift) & _RADIX_MASK
-                place = histogram[digit, value]
-                histogram[digit, value] = place + 1
-                bits_out[place], order_out[place] = bits_in[i], order_in[i]
-            bits_in, bits_out = bits_out, bits_in
-            order_in, order_out = order_out, order_in
+            top = max(top, key_bits[i])
+        low[:] = 0
+        high[:] = 0
+        top >>= _DROPPED_BITS
+        for i in range(size):
+            bits = np.uint32(min(top - (key_bits[i] >> _DROPPED_BITS), 0xFFFF))  # highest key first
+            words[i] = bits << np.uint32(16) | np.uint32(i)
+            low[bits & 255] += 1
+            high[bits >> 8] += 1
+        first_low, first_high = 0, 0
+        for value in range(256):
+            low[value], first_low = first_low, first_low + low[value]
+            high[value], first_high = first_high, first_high + high[value]
+        for i in range(size):
+            value = (words[i] >> np.uint32(16)) & 255
+            other[low[value]] = words[i]
+            low[value] += 1
+        for i in range(size):
+            value = other[i] >> np.uint32(24)
+            words[high[value]] = other[i] & np.uint32(0xFFFF)
+            high[value] += 1
+        moves = 0
         for i in range(1, size):
-            entry = order_in[i]
+            entry = words[i]
             j = i
             # Entries ascend with tokens: a lower entry is a lower token.
             while j > 0:
-                before = order_in[j - 1]
+                before = words[j - 1]
                 if keys[before] > keys[entry] or (keys[before] == keys[entry] and before < entry):
                     break
-                order_in[j] = before
+                words[j] = before
                 j -= 1
-            order_in[j] = entry
+            words[j] = entry
+            moves += i - j
+            if moves > _MOVES_PER_ENTRY * size:
+                # Thousands of keys within 1/2048 of each other: a merge sort, stable, is safe from quadratic time.
+                words[:size] = np.argsort(-keys[:size], kind="mergesort")
+                break
         for i in range(size):
-            out_tokens[start + i] = tokens[start + order_in[i]]
-            out_counts[start + i] = counts[start + order_in[i]]
+            out_tokens[start + i] = tokens[start + words[i]]
+            out_counts[start + i] = counts[start + words[i]]
     return -1
 
 
