@@ -1,1 +1,4 @@
-"""Measurements that print one JSON line each; run from the checkout as `python -m benchmarks.NAME` (docs/performance.md)."""
+"""Measurements that print one JSON line each; run from the checkout as `python -m benchmarks.NAME`.
+
+Figures and what they mean: docs/performance.md.
+"""

@@ -7,6 +7,7 @@ no file: 60 types whose gene levels are lognormal (sigma 2.6 around a shared lev
 """
 
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -156,5 +157,5 @@ def histogram(lengths: np.ndarray) -> dict[str, int]:
     edges = [0, 128, 256, 512, 1024, 2048, 4096, 1 << 62]
     found = np.histogram(lengths, edges)[0]
     names = [f"<{high}" if low == 0 else f">={low}" if high == 1 << 62 else f"{low}-{high - 1}"
-             for low, high in zip(edges, edges[1:], strict=False)]  # fmt: skip
+             for low, high in pairwise(edges)]  # fmt: skip
     return {name: int(number) for name, number in zip(names, found, strict=True)}

@@ -14,6 +14,8 @@ from corpus.schema import COUNTS_PER_CELL
 _SHIFT = 17
 _FIRST = int(np.float32(2.0**-4).view(np.uint32)) >> _SHIFT
 NUM_BINS = 18 << 6
+# All entries of a cell with the same count have the same value: those of small counts are worked out once a cell.
+_SMALL = 32
 
 
 def normalise(counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
@@ -21,26 +23,105 @@ def normalise(counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
     return counts.astype(np.float64) / totals.astype(np.float64) * COUNTS_PER_CELL
 
 
-@numba.njit(cache=True, nogil=True)
-def _count(genes, values, bins):  # type: ignore[no-untyped-def]
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _bins(values, out):  # type: ignore[no-untyped-def]
     single = np.empty(1, np.float32)
     bits = single.view(np.uint32)
     for i in range(len(values)):
         single[0] = values[i]
-        column = np.int64(bits[0] >> _SHIFT) - _FIRST
-        bins[genes[i], min(max(column, 0), NUM_BINS - 1)] += 1
+        out[i] = min(max(np.int64(bits[0] >> _SHIFT) - _FIRST, 0), NUM_BINS - 1)
 
 
-@numba.njit(cache=True, nogil=True)
-def _keep(genes, values, low, high):  # type: ignore[no-untyped-def]
-    single = np.empty(1, np.float32)
-    bits = single.view(np.uint32)
-    kept = np.empty(len(values), np.bool_)
-    for i in range(len(values)):
-        single[0] = values[i]
-        column = min(max(np.int64(bits[0] >> _SHIFT) - _FIRST, 0), NUM_BINS - 1)
-        kept[i] = column == low[genes[i]] or column == high[genes[i]]
-    return kept
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _count(genes, columns, bins):  # type: ignore[no-untyped-def]
+    for i in range(len(columns)):
+        bins[genes[i], columns[i]] += 1
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _count_cells(cells, indptr, genes, counts, totals, row_of, table):  # type: ignore[no-untyped-def]
+    """Count into `table` (bins x rows): a cell's entries of one count walk along one row, genes ascending."""
+    values, columns = np.empty(_SMALL, np.float64), np.empty(_SMALL, np.int64)
+    one, its_bin = np.empty(1, np.float64), np.empty(1, np.int64)
+    for cell in cells:
+        total = np.float64(totals[cell])
+        for count in range(_SMALL):
+            values[count] = np.float64(count) / total * COUNTS_PER_CELL
+        _bins(values, columns)
+        for i in range(indptr[cell], indptr[cell + 1]):
+            row = row_of[genes[i]]
+            if row < 0:
+                continue
+            count = counts[i]
+            if count < _SMALL:
+                table[columns[count], row] += 1
+            else:
+                one[0] = np.float64(count) / total * COUNTS_PER_CELL
+                _bins(one, its_bin)
+                table[its_bin[0], row] += 1
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _keep_cells(cells, indptr, genes, counts, totals, low, high, out_genes, out_values):  # type: ignore[no-untyped-def]
+    values, columns = np.empty(_SMALL, np.float64), np.empty(_SMALL, np.int64)
+    one, its_bin = np.empty(1, np.float64), np.empty(1, np.int64)
+    found = 0
+    for cell in cells:
+        total = np.float64(totals[cell])
+        for count in range(_SMALL):
+            values[count] = np.float64(count) / total * COUNTS_PER_CELL
+        _bins(values, columns)
+        for i in range(indptr[cell], indptr[cell + 1]):
+            gene, count = genes[i], counts[i]
+            if count < _SMALL:
+                value, column = values[count], columns[count]
+            else:
+                one[0] = np.float64(count) / total * COUNTS_PER_CELL
+                _bins(one, its_bin)
+                value, column = one[0], its_bin[0]
+            if column == low[gene] or column == high[gene]:
+                if found < len(out_genes):
+                    out_genes[found], out_values[found] = gene, value
+                found += 1
+    return found
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _mark(cells, indptr, genes, seen):  # type: ignore[no-untyped-def]
+    for cell in cells:
+        for i in range(indptr[cell], indptr[cell + 1]):
+            seen[genes[i]] = True
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _filled(table, rows, position, number):  # type: ignore[no-untyped-def]
+    found = 0
+    for column in range(table.shape[0]):
+        for place in range(table.shape[1]):
+            if table[column, place]:
+                position[found], number[found] = rows[place] * NUM_BINS + column, table[column, place]
+                found += 1
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _middle(bins, low, high, below, n):  # type: ignore[no-untyped-def]
+    """Per gene: bins of its two middle values (-1 without values), number of values in lower bins, and of all."""
+    for gene in range(len(bins)):
+        total = np.int64(0)
+        for column in range(NUM_BINS):
+            total += np.int64(bins[gene, column])
+        n[gene], low[gene], high[gene], below[gene] = total, -1, -1, 0
+        if total == 0:
+            continue
+        passed = np.int64(0)
+        for column in range(NUM_BINS):
+            number = np.int64(bins[gene, column])
+            if low[gene] < 0 and passed + number > (total - 1) // 2:
+                low[gene], below[gene] = column, passed
+            passed += number
+            if passed > total // 2:
+                high[gene] = column
+                break
 
 
 class Histogram:
@@ -49,18 +130,18 @@ class Histogram:
     Parameters
     ----------
     num_genes
-        Rows. The dense table takes 4.6 kB a gene of address space, and memory only where values fall.
+        Rows. The dense table takes 9.2 kB a gene of address space, and memory only where values fall.
     """
 
     def __init__(self, num_genes: int) -> None:
         self.bins = np.zeros((num_genes, NUM_BINS), dtype=np.uint64)
 
     def add(self, genes: np.ndarray, values: np.ndarray) -> None:
-        """Count values: `genes` uint16[n] row numbers, `values` float64[n], positive."""
-        _count(genes, values, self.bins)
+        """Count values: `genes` unsigned[n] row numbers, `values` float64[n], positive."""
+        _count(genes, _columns(values), self.bins)
 
     def to_sparse(self) -> tuple[np.ndarray, np.ndarray]:
-        """Filled bins as (flat position int64[n], number uint64[n]): what a worker sends."""
+        """Filled bins as (flat position int64[n], number uint64[n])."""
         flat = self.bins.reshape(-1)
         filled = np.flatnonzero(flat)
         return filled, flat[filled]
@@ -69,25 +150,102 @@ class Histogram:
         """Merge what another worker sent; positions are unique within one message."""
         self.bins.reshape(-1)[position] += number
 
+    def _middles(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        low, high, below, n = (np.empty(len(self.bins), np.int64) for _ in range(4))
+        _middle(self.bins, low, high, below, n)
+        return low, high, below, n
+
     @property
     def n_cells(self) -> np.ndarray:
         """uint64[genes]: cells in which the gene has a count."""
-        return self.bins.sum(axis=1)
+        return self._middles()[3].astype(np.uint64)
 
     def median_bins(self) -> tuple[np.ndarray, np.ndarray]:
         """Bins of the two middle values of each gene (equal where the number is odd); -1 for a gene without values."""
-        cumulative, n = np.cumsum(self.bins, axis=1), self.n_cells.astype(np.int64)
-        low = (cumulative <= ((n - 1) // 2).clip(0)[:, None].astype(np.uint64)).sum(axis=1)
-        high = (cumulative <= (n // 2)[:, None].astype(np.uint64)).sum(axis=1)
-        empty = n == 0
-        return np.where(empty, -1, low), np.where(empty, -1, high)
+        low, high, _, _ = self._middles()
+        return low, high
+
+
+def _columns(values: np.ndarray) -> np.ndarray:
+    columns = np.empty(len(values), np.int64)
+    _bins(values, columns)
+    return columns
+
+
+def count_cells(
+    cells: np.ndarray,
+    indptr: np.ndarray,
+    genes: np.ndarray,
+    counts: np.ndarray,
+    totals: np.ndarray,
+    wanted: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pass 1 over some cells: what a worker sends.
+
+    Parameters
+    ----------
+    cells
+        int64[n]: which cells count.
+    indptr, genes, counts
+        int64[cells + 1] and unsigned[entries], in cell order.
+    totals
+        Counts of each cell over all genes.
+    wanted
+        bool[genes]: the genes to count.
+
+    Returns
+    -------
+    position, number
+        For `Histogram.add_sparse`: int64 and uint32, positions unique.
+    """
+    seen = np.zeros(len(wanted), bool)
+    _mark(cells, indptr, genes, seen)
+    rows = np.flatnonzero(seen & wanted)
+    row_of = np.full(len(wanted), -1, np.int32)
+    row_of[rows] = np.arange(len(rows))
+    table = np.zeros((NUM_BINS, len(rows)), np.uint32)
+    # Cells of like totals fall into the same bins: in this order the rows in use stay in the cache.
+    cells = cells[np.argsort(totals[cells], kind="stable")]
+    _count_cells(cells, indptr, genes, counts, totals, row_of, table)
+    filled = np.count_nonzero(table)
+    position, number = np.empty(filled, np.int64), np.empty(filled, np.uint32)
+    _filled(table, rows, position, number)
+    return position, number
+
+
+def keep_cells(
+    cells: np.ndarray,
+    indptr: np.ndarray,
+    genes: np.ndarray,
+    counts: np.ndarray,
+    totals: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pass 2 over some cells: (genes, values) that share a bin with a middle value of their gene.
+
+    Parameters
+    ----------
+    cells, indptr, genes, counts, totals
+        As in `count_cells`.
+    low, high
+        From `Histogram.median_bins` of all cells.
+    """
+    room = len(genes) // 32
+    while True:
+        out_genes, out_values = np.empty(room, genes.dtype), np.empty(room, np.float64)
+        found = _keep_cells(cells, indptr, genes, counts, totals, low, high, out_genes, out_values)
+        if found <= room:
+            return out_genes[:found].copy(), out_values[:found].copy()
+        room = found
 
 
 def survivors(
     genes: np.ndarray, values: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pass 2: the values that share a bin with a middle value of their gene."""
-    kept = _keep(genes, values, low, high)
+    columns = _columns(values)
+    kept = (columns == low[genes]) | (columns == high[genes])
     return genes[kept], values[kept]
 
 
@@ -103,15 +261,12 @@ def exact_medians(histogram: Histogram, genes: np.ndarray, values: np.ndarray) -
     ValueError
         If the survivors are not those of this histogram (a unit is missing or counted twice).
     """
-    n = histogram.n_cells.astype(np.int64)
-    low, high = histogram.median_bins()
-    columns = np.arange(NUM_BINS)
-    wanted = (columns == low[:, None]) | (columns == high[:, None])
-    expected = np.where(wanted, histogram.bins, 0).sum(axis=1).astype(np.int64)
+    low, high, below, n = histogram._middles()
+    rows = np.arange(len(n))
+    expected = histogram.bins[rows, low] + np.where(high != low, histogram.bins[rows, high], 0)
     found = np.bincount(genes, minlength=len(n))
-    if not np.array_equal(found, expected):
+    if not np.array_equal(found, np.where(n > 0, expected, 0)):
         raise ValueError("the values of the second pass do not add up to the histogram of the first")
-    below = np.where(columns < low[:, None], histogram.bins, 0).sum(axis=1).astype(np.int64)
     order = np.lexsort((values, genes))
     values, start = values[order], np.concatenate([[0], np.cumsum(found)])[:-1]
     medians = np.full(len(n), np.nan)

@@ -46,11 +46,17 @@ def collapse(matrix: sp.csr_matrix, rows: np.ndarray, num_genes: int) -> GeneCou
         int32[features] as in `GeneMap.rows`.
     num_genes
         Rows of the gene table.
+
+    Raises
+    ------
+    ValueError
+        If an index is outside the features.
     """
     indptr = matrix.indptr.astype(np.int64)
     genes, counts = np.empty(len(matrix.data), np.uint32), np.empty(len(matrix.data), np.uint32)
     ends, totals = np.zeros(len(indptr), np.int64), np.zeros(len(indptr) - 1, np.uint64)
-    _collapse(indptr, matrix.indices, matrix.data, rows, num_genes, genes, counts, ends, totals)
+    if _collapse(indptr, matrix.indices, matrix.data, rows, num_genes, genes, counts, ends, totals) < 0:
+        raise ValueError(f"a column index is outside the {len(rows)} features")
     return GeneCounts(ends, genes[: ends[-1]], counts[: ends[-1]], totals)
 
 
@@ -63,7 +69,10 @@ def _collapse(indptr, indices, data, rows, num_genes, genes, counts, ends, total
     for cell in range(len(indptr) - 1):
         total = np.uint64(0)
         for i in range(indptr[cell], indptr[cell + 1]):
-            gene = rows[indices[i]]
+            column = indices[i]
+            if column < 0 or column >= len(rows):
+                return -1
+            gene = rows[column]
             count = np.uint32(data[i])
             if gene == -2 or count == 0:
                 continue
@@ -83,3 +92,60 @@ def _collapse(indptr, indices, data, rows, num_genes, genes, counts, ends, total
             touched[word] = 0
         ends[cell + 1] = out
         totals[cell] = total
+    return 0
+
+
+def cell_sums(indptr: np.ndarray, genes: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Sum of each cell's counts over the wanted genes (bool[genes]): int64[cells]."""
+    sums = np.zeros(len(indptr) - 1, np.int64)
+    _cell_sums(indptr, genes, counts, wanted, sums)
+    return sums
+
+
+@numba.njit(cache=True, nogil=True)
+def _cell_sums(indptr, genes, counts, wanted, sums):  # type: ignore[no-untyped-def]
+    for cell in range(len(sums)):
+        total = np.int64(0)
+        for i in range(indptr[cell], indptr[cell + 1]):
+            if wanted[genes[i]]:
+                total += np.int64(counts[i])
+        sums[cell] = total
+
+
+def select(
+    cells: np.ndarray, indptr: np.ndarray, genes: np.ndarray, counts: np.ndarray, token_of_row: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Take some cells' entries that have a token.
+
+    Parameters
+    ----------
+    cells
+        int64[n]: which cells, ascending.
+    indptr, genes, counts
+        As in `GeneCounts`.
+    token_of_row
+        int32[genes]: token of each row of the gene table, -1 for none.
+
+    Returns
+    -------
+    int64[n] number of entries of each cell, then their tokens (uint16) and counts (uint32), end to end.
+    """
+    lengths = np.zeros(len(cells), np.int64)
+    room = int((indptr[cells + 1] - indptr[cells]).sum())
+    tokens, numbers = np.empty(room, np.uint16), np.empty(room, np.uint32)
+    end = _select(cells, indptr, genes, counts, token_of_row, lengths, tokens, numbers)
+    return lengths, tokens[:end], numbers[:end]
+
+
+@numba.njit(cache=True, nogil=True)
+def _select(cells, indptr, genes, counts, token_of_row, lengths, tokens, numbers):  # type: ignore[no-untyped-def]
+    end = 0
+    for place in range(len(cells)):
+        first = end
+        for i in range(indptr[cells[place]], indptr[cells[place] + 1]):
+            token = token_of_row[genes[i]]
+            if token >= 0:
+                tokens[end], numbers[end] = token, counts[i]
+                end += 1
+        lengths[place] = end - first
+    return end

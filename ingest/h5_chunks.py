@@ -58,7 +58,7 @@ def read_csr(group: h5py.Group, stream: BinaryIO, start: int, stop: int) -> sp.c
     """
     pointers = group["indptr"][start : stop + 1].astype(np.int64)
     data, indices = group["data"], group["indices"]
-    inside = 0 <= pointers[0] and pointers[-1] <= min(data.shape[0], indices.shape[0])
+    inside = pointers[0] >= 0 and pointers[-1] <= min(data.shape[0], indices.shape[0])
     if len(pointers) != stop - start + 1 or not inside or (np.diff(pointers) < 0).any():
         raise ValueError(f"{group.name}: broken index pointers")
     first, last = int(pointers[0]), int(pointers[-1])
