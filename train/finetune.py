@@ -1,5 +1,6 @@
 """Cell classification on a pretrained encoder as a task of the loop."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ class FinetuneTask:
     ----------
     settings
         Of the run.
+    measured
+        Parts that the finished model is scored on. A search leaves the test cells out until it has chosen.
 
     Raises
     ------
@@ -41,8 +44,9 @@ class FinetuneTask:
     command = "train finetune"
     score = "validation_macro_f1"
 
-    def __init__(self, settings: FinetuneSettings) -> None:
+    def __init__(self, settings: FinetuneSettings, measured: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> None:
         self.settings = settings
+        self.measured = tuple(measured)
         self.corpus = Corpus(settings.corpus)
         loaded = load_model(settings.model)
         self.base = loaded.card
@@ -176,8 +180,8 @@ class FinetuneTask:
         }
 
     def final_metrics(self, model: nn.Module, world: World, last: dict[str, float]) -> dict[str, Any]:
-        """Score the chosen weights on all parts; only here is the test part looked at."""
-        scores = {k: v for part in (TRAIN, VALIDATION, TEST) for k, v in self._scores(model, world, part).items()}
+        """Score the chosen weights; only here is the test part looked at."""
+        scores = {name: score for part in self.measured for name, score in self._scores(model, world, part).items()}
         return {
             **scores,
             "label": self.settings.label,

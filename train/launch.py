@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -32,10 +32,12 @@ _KINDS: dict[str, type[PretrainSettings] | type[FinetuneSettings]] = {
 }
 
 
-def make_task(kind: str, values: dict[str, Any]) -> Task:
+def make_task(kind: str, values: dict[str, Any], **options: Any) -> Task:
     """Build a task from its settings as plain values."""
     settings = _KINDS[kind].model_validate(values)
-    return PretrainTask(settings) if isinstance(settings, PretrainSettings) else FinetuneTask(settings)
+    if isinstance(settings, PretrainSettings):
+        return PretrainTask(settings)
+    return FinetuneTask(settings, **options)
 
 
 def train(settings: PretrainSettings | FinetuneSettings) -> dict[str, Any]:
@@ -68,8 +70,31 @@ def train(settings: PretrainSettings | FinetuneSettings) -> dict[str, Any]:
     return metrics
 
 
-def fit(kind: str, values: dict[str, Any], workers: WorkerSettings, store: Store, name: str) -> dict[str, Any]:
+def fit(
+    kind: str,
+    values: dict[str, Any],
+    workers: WorkerSettings,
+    store: Store,
+    name: str,
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> dict[str, Any]:
     """Run a worker group until the model folder is there, starting again from checkpoints as often as allowed.
+
+    Parameters
+    ----------
+    kind, values
+        "pretrain" or "finetune", and its settings.
+    workers
+        Whom to start.
+    store
+        The output folder, claimed for this run.
+    name
+        Of the run: its settings hash.
+    callbacks
+        Told of each report.
+    options
+        Passed to the task.
 
     Ray restarts workers and hears the figures of each evaluation; checkpoints are ours alone (train/checkpoint.py), for
     Ray would hand back the newest one whether it is whole or not.
@@ -78,7 +103,7 @@ def fit(kind: str, values: dict[str, Any], workers: WorkerSettings, store: Store
     lines = _Lines.remote()  # type: ignore[attr-defined]
     trainer = ray.train.torch.TorchTrainer(
         _work,  # type: ignore[arg-type]  # Ray's type forgets that a worker may return something
-        train_loop_config={"kind": kind, "settings": values, "lines": lines},
+        train_loop_config={"kind": kind, "settings": values, "options": options, "lines": lines},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers.count, use_gpu=use_gpu, resources_per_worker={"CPU": workers.cpus} | _gpu(use_gpu)
         ),
@@ -88,6 +113,7 @@ def fit(kind: str, values: dict[str, Any], workers: WorkerSettings, store: Store
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=f"{store.uri}/ray",
+            callbacks=list(callbacks),
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
         ),
     )
@@ -138,7 +164,7 @@ def _work(config: dict[str, Any]) -> str:
     world = World(context.get_world_rank(), context.get_world_size(), device)
     lines = config["lines"]
     try:
-        task = make_task(config["kind"], config["settings"])
+        task = make_task(config["kind"], config["settings"], **config["options"])
         metrics = loop.run(
             task, config["settings"]["out"], world, emit=lambda line: lines.put.remote(line), report=ray.train.report
         )

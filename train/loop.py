@@ -307,7 +307,7 @@ class _Run:
             self.log.write(record)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
         self.emit(f"step {state.step} | epoch {epoch:.2f}/{self.settings.epochs} | {shown} ({_since(began)})")
-        self.report(record)
+        self.report(record if score is None else {**record, f"best_{score}": state.best[score]})
         self.rates.take(0, 0)  # evaluation is no training time
 
     def _save(self) -> None:

@@ -19,12 +19,23 @@ METRICS = "metrics.json"
 _LAST = ("card.json", METRICS)
 
 
-def claim(store: Store, identity: dict[str, Any]) -> dict[str, Any] | None:
+def claim(
+    store: Store, identity: dict[str, Any], *, done: str = METRICS, traces: str = checkpoint.FOLDER
+) -> dict[str, Any] | None:
     """Take an output folder for a run.
+
+    Parameters
+    ----------
+    identity
+        Settings and inputs that the result depends on.
+    done
+        The file that a finished run has.
+    traces
+        The folder that an unfinished run leaves behind.
 
     Returns
     -------
-    The metrics of this very run if it is finished already, else None.
+    The content of `done` if this very run is finished already, else None.
 
     Raises
     ------
@@ -35,23 +46,23 @@ def claim(store: Store, identity: dict[str, Any]) -> dict[str, Any] | None:
     if store.exists(RUN):
         found = json.loads(store.read_bytes(RUN))
         if found.get("hash") != settings_hash(identity):
-            if store.exists(METRICS) or checkpoint.steps(store):
+            if store.exists(done) or store.names(traces):
                 raise UserError(
                     f"{store.uri}: belongs to a run that differs in {_differences(found, identity)}; "
                     "give those settings, or another --out"
                 )
             store.remove(RUN)
-    elif store.exists(METRICS) or store.exists("card.json"):
+    elif store.exists(done) or store.exists("card.json"):
         raise UserError(f"{store.uri}: holds results of something else (no {RUN}); choose another --out")
     store.create(RUN, text)
-    return finished(store)
+    return finished(store, done)
 
 
-def finished(store: Store) -> dict[str, Any] | None:
+def finished(store: Store, done: str = METRICS) -> dict[str, Any] | None:
     """Metrics of a finished run, or None."""
-    if not store.exists(METRICS):
+    if not store.exists(done):
         return None
-    found: dict[str, Any] = json.loads(store.read_bytes(METRICS))
+    found: dict[str, Any] = json.loads(store.read_bytes(done))
     return found
 
 

@@ -1,0 +1,1 @@
+"""Hyperparameter search over fine-tuning, on Ray Tune."""
