@@ -13,7 +13,13 @@ from corpus.errors import UserError
 from ingest.formats import Features
 
 _ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{11})(\.\d+)?$", re.IGNORECASE)
+_PARTS = re.compile(r"[|;,\s]+|_+(?=ENS[A-Z]*G\d)|(?<=\d)_+", re.IGNORECASE)
 _SPIKE_IN = re.compile(r"^ERCC-\d{5}$")
+_ASSEMBLIES = {
+    "mouse": ("mm9", "mm10", "mm39", "GRCm37", "GRCm38", "GRCm39"),
+    "human": ("hg19", "hg38", "GRCh37", "GRCh38"),
+}
+_PREFIX = re.compile(rf"^({'|'.join(name for names in _ASSEMBLIES.values() for name in names)})_+(?=.)")
 _EXAMPLES = 20
 
 
@@ -30,12 +36,14 @@ class GeneMap:
     ----------
     rows
         int32[features]: row of the gene table; -1 for a gene that is counted but not mapped; -2 for a feature that is
-        no gene (antibody, spike-in) and is left out of every count.
+        no gene of this species (antibody, spike-in, other genome) and is left out of every count.
     steps
-        How many features each step mapped or left: `ensembl_id`, `symbol`, `alias`, `any_case`, `unmapped`,
-        `ambiguous`, `not_gene_expression`, `spike_in`.
+        How many features each step mapped or left: `ensembl_id`, `compound` (an id inside a longer name), `symbol`,
+        `alias`, `any_case`, `unmapped`, `ambiguous`, `not_gene_expression`, `spike_in`, `other_species`.
     duplicates
         Mapped features beyond the first of their gene: their counts are summed.
+    collisions
+        `Ensembl id -> names` of some genes that several features are.
     unmapped
         Some names that were not mapped.
     any_case
@@ -45,6 +53,7 @@ class GeneMap:
     rows: np.ndarray
     steps: dict[str, int]
     duplicates: int
+    collisions: dict[str, list[str]]
     unmapped: list[str]
     any_case: dict[str, str]
 
@@ -58,32 +67,51 @@ class GeneMap:
 class GeneMapper:
     """Maps names to rows of a gene table.
 
+    The steps, in order: an Ensembl id in any case, with or without version; a longer name that holds one
+    (`Xkr4_ENSMUSG00000051951.5`); a current symbol; an alias; a symbol in any case. A name that several genes share
+    means the only one among them that is in `preferred`, or else the only protein-coding one, or else none.
+
     Parameters
     ----------
     genes
         Gene table of the species (`corpus.species.load_genes`).
     aliases
-        Lower-priority names: columns `alias`, `ensembl_id`. An alias of several genes maps nothing.
+        Lower-priority names: columns `alias`, `ensembl_id`; an alias may be a retired Ensembl id.
     case_insensitive
         Whether to match what is left by symbol in any case.
+    species
+        `mouse` and `human` know which assembly prefixes (`mm10_`, `GRCh38_`) are their own.
+    preferred
+        bool[genes]: the genes of a given vocabulary.
     """
 
     def __init__(
-        self, genes: pl.DataFrame, aliases: pl.DataFrame | None = None, *, case_insensitive: bool = False
+        self,
+        genes: pl.DataFrame,
+        aliases: pl.DataFrame | None = None,
+        *,
+        case_insensitive: bool = False,
+        species: str = "",
+        preferred: np.ndarray | None = None,
     ) -> None:
         self._ids = genes["ensembl_id"].to_list()
-        self._row_of_id = {ensembl_id: row for row, ensembl_id in enumerate(self._ids)}
-        coding = (genes["biotype"] == "protein_coding").to_list()
-        self._by_symbol = _unambiguous(zip(genes["symbol"], range(len(genes)), strict=True), coding)
+        self._row_of_id = {ensembl_id.upper(): row for row, ensembl_id in enumerate(self._ids)}
+        self._own_assemblies = _ASSEMBLIES.get(species, ())
+        coding = (genes["biotype"] == "protein_coding").fill_null(False).to_numpy()
+        ranks = [coding] if preferred is None else [preferred, coding]
+        self._by_symbol = _unambiguous(zip(genes["symbol"], range(len(genes)), strict=True), ranks)
         self._by_alias: dict[str, int] = {}
+        self.unknown_aliases = 0
+        """Rows of the alias table whose Ensembl id is no gene of the species."""
         if aliases is not None:
-            named = aliases.select("alias", "ensembl_id").iter_rows()
-            pairs = ((alias, self._row_of_id.get(gene)) for alias, gene in named)
-            self._by_alias = _unambiguous(((alias, row) for alias, row in pairs if alias and row is not None), coding)
+            named = aliases.select("alias", "ensembl_id").drop_nulls().iter_rows()
+            pairs = [(alias, self._row_of_id.get(gene.upper(), -1)) for alias, gene in named]
+            self.unknown_aliases = sum(row < 0 for _, row in pairs)
+            self._by_alias = _unambiguous(((alias, row) for alias, row in pairs if row >= 0), ranks)
         self._by_lower: dict[str, int] = {}
         if case_insensitive:
-            lowered = ((symbol.lower(), row) for symbol, row in self._by_symbol.items() if row >= 0)
-            self._by_lower = _unambiguous(lowered, coding)
+            lowered = (symbol.lower() for symbol in genes["symbol"])
+            self._by_lower = _unambiguous(zip(lowered, range(len(genes)), strict=True), ranks)
 
     def map(self, features: Features) -> GeneMap:
         """Map every feature of a source."""
@@ -100,18 +128,35 @@ class GeneMapper:
                 unmapped.append(name)
             if step == "any_case":
                 any_case[name] = self._ids[row]
-        mapped = rows[rows >= 0]
-        return GeneMap(rows, dict(sorted(steps.items())), len(mapped) - len(np.unique(mapped)), unmapped, any_case)
+        mapped, number = np.unique(rows[rows >= 0], return_counts=True)
+        collisions = {
+            self._ids[row]: [features.names[i] for i in np.flatnonzero(rows == row)]
+            for row in mapped[number > 1][:_EXAMPLES]
+        }
+        duplicates = int((number - 1).sum())
+        return GeneMap(rows, dict(sorted(steps.items())), duplicates, collisions, unmapped, any_case)
 
     def _find(self, name: str, kind: str) -> tuple[int, str]:
         if kind != "Gene Expression":
             return -2, "not_gene_expression"
+        name = name.strip()
+        prefix = _PREFIX.match(name)
+        if prefix:
+            if prefix[1] in self._own_assemblies:
+                name = name[prefix.end() :]
+            elif self._own_assemblies:
+                return -2, "other_species"
+            # A species of the user's own: nobody knows whose prefix it is, and the name stays unmapped.
         if _SPIKE_IN.match(name):
             return -2, "spike_in"
+        row = self._by_id(name)
+        if row >= 0:
+            return row, "ensembl_id"
+        row = self._by_part(name)
+        if row >= 0:
+            return row, "compound"
         match = _ENSEMBL.match(name)
-        if match:
-            row = self._row_of_id.get(match[1].upper(), -1)
-            return row, "ensembl_id" if row >= 0 else "unmapped"
+        name = match[1].upper() if match else name  # a retired id may be an alias
         ambiguous = False
         for step, table, key in (
             ("symbol", self._by_symbol, name),
@@ -124,16 +169,35 @@ class GeneMapper:
             ambiguous |= key in table
         return -1, "ambiguous" if ambiguous else "unmapped"
 
+    def _by_id(self, name: str) -> int:
+        match = _ENSEMBL.match(name)
+        # An id of a table may have another form (old pseudoautosomal ids are ENSGR...): as it stands, without version.
+        return self._row_of_id.get((match[1] if match else name).upper(), -1)
 
-def _unambiguous(pairs: Iterable[tuple[str, int]], coding: list[bool]) -> dict[str, int]:
-    """Name to row. A name of several genes means its only protein-coding one; if there is no such, -1."""
+    def _by_part(self, name: str) -> int:
+        """Row of the only gene whose id is part of the name, or else whose symbol is; -1 if there is not just one."""
+        if "ENS" not in name.upper():
+            return -1
+        parts = [part for part in _PARTS.split(name) if part]
+        ids = [part for part in parts if _ENSEMBL.match(part)]
+        if not ids or len(parts) == 1:
+            return -1
+        rows = {self._by_id(part) for part in ids} - {-1}
+        rows = rows or {self._by_symbol.get(part, -1) for part in parts} - {-1}
+        return rows.pop() if len(rows) == 1 else -1
+
+
+def _unambiguous(pairs: Iterable[tuple[str, int]], ranks: Sequence[np.ndarray]) -> dict[str, int]:
+    """Name to row. A name of several genes means the only one that the first mask (of those that hold any) holds."""
     found: dict[str, set[int]] = {}
     for name, row in pairs:
         found.setdefault(name, set()).add(row)
     table = {}
     for name, rows in found.items():
-        candidates = rows if len(rows) == 1 else {row for row in rows if coding[row]}
-        table[name] = min(candidates) if len(candidates) == 1 else -1
+        for mask in ranks:
+            if len(rows) > 1:
+                rows = {row for row in rows if mask[row]} or rows
+        table[name] = min(rows) if len(rows) == 1 else -1
     return table
 
 

@@ -6,41 +6,49 @@ is in it, and the manifest comes last (docs/corpus-format.md).
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 from corpus.errors import RunError, UserError
 from corpus.genes import GeneTable
 from corpus.manifest import Manifest, Unit
-from corpus.medians import Histogram, exact_medians
 from corpus.provenance import record_run
 from corpus.schema import obs_names
+from corpus.species import load_genes
 from corpus.store import Store
-from ingest import stages
+from ingest import digests, stages
 from ingest.distribute import cluster, map_tasks
-from ingest.mapping import GeneMapper
-from ingest.plan import Inspection, WorkUnit, cut, expand, inspect, load_mapper, plan_hash
+from ingest.doublets import require_library
+from ingest.histograms import Histograms
+from ingest.plan import Inspection, Names, WorkUnit, cut, expand, inspect, plan_hash
 from ingest.progress import Progress
-from ingest.quality import Bounds, Sums
-from ingest.report import Report, account
-from ingest.settings import IngestSettings, Mapping
+from ingest.quality import Bounds, CountShares, Selection, Sums
+from ingest.report import Report, account, describe
+from ingest.selection import Result, select
+from ingest.settings import IngestSettings
+from ingest.vocabulary import Given, build_vocabulary, given_vocabulary, mapping_genes, wanted_genes
 
 logger = logging.getLogger(__name__)
 _ERRORS_SHOWN = 5
 
 
-@cache
-def _cached_mapper(mapping: Mapping) -> tuple[pl.DataFrame, GeneMapper]:
-    """Building the name tables takes half a second; a worker process does it once."""
-    return load_mapper(mapping)
+def prepare(settings: IngestSettings, added_to: tuple[Store, Manifest] | None = None) -> tuple[Names, Given | None]:
+    """Load what a run maps names to, and the vocabulary, if one is given."""
+    species = load_genes(settings.mapping.species)
+    given = given_vocabulary(settings.vocabulary, species, added_to)
+    genes = mapping_genes(species, None if given is None else given.genes)
+    return Names.of(settings.mapping, genes, 0 if given is None else len(given.genes.tokens)), given
 
 
-def plan(settings: IngestSettings) -> list[WorkUnit]:
+def plan(settings: IngestSettings, names: Names | None = None) -> list[WorkUnit]:
     """Look at every source, on the cluster, and cut it into work units; changes nothing.
+
+    Parameters
+    ----------
+    names
+        From `prepare`, if that is done already.
 
     Raises
     ------
@@ -48,10 +56,10 @@ def plan(settings: IngestSettings) -> list[WorkUnit]:
         For all sources that are missing or unusable, the first few by name.
     """
     sources = expand(settings.sources)
-    mapping = settings.mapping
+    used = names or prepare(settings)[0]
 
     def look(source: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        return inspect(source, _cached_mapper(mapping)[1], mapping).model_dump(mode="json"), {}
+        return inspect(source, used.mapper(), used.settings).model_dump(mode="json"), {}
 
     found: dict[int, Inspection] = {}
     problems: dict[int, UserError] = {}
@@ -61,7 +69,7 @@ def plan(settings: IngestSettings) -> list[WorkUnit]:
         else:
             found[position] = Inspection.model_validate(facts)
     _raise_all(problems)
-    return cut([found[position] for position in sorted(found)], settings)
+    return cut([found[position] for position in sorted(found)], settings, used.hash)
 
 
 def run(settings: IngestSettings, out: str, *, frozen: Manifest | None = None) -> Report:
@@ -88,12 +96,16 @@ def run(settings: IngestSettings, out: str, *, frozen: Manifest | None = None) -
         If sums do not agree.
     """
     store = Store(out)
+    require_library(settings.quality_control.doublets)
+    if settings.vocabulary.medians == "tdigest":
+        digests.require_library()
+    names, given = prepare(settings, None if frozen is None else (store, frozen))
     with cluster():
-        units = plan(settings)
-        name = plan_hash(units, settings, None if frozen is None else frozen.plan)
+        units = plan(settings, names)
+        name = plan_hash(units, settings, given.genes.hash if given else None, frozen.plan if frozen else None)
         report = _published(store, name)
         if report is None:
-            report = _Run(settings, store, units, frozen).publish(name)
+            report = _Run(settings, store, units, frozen, names, given).publish(name)
         else:
             logger.info("%s: manifest %d already holds this run", out, report.number)
     for path in {unit.cells for unit in units}:
@@ -112,9 +124,18 @@ def _published(store: Store, plan_name: str) -> Report | None:
 class _Run:
     """The stages of one run over its work units."""
 
-    def __init__(self, settings: IngestSettings, store: Store, units: list[WorkUnit], frozen: Manifest | None) -> None:
+    def __init__(
+        self,
+        settings: IngestSettings,
+        store: Store,
+        units: list[WorkUnit],
+        frozen: Manifest | None,
+        names: Names,
+        given: Given | None,
+    ) -> None:
         self.settings, self.store, self.units, self.frozen = settings, store, units, frozen
-        self.genes, _ = _cached_mapper(settings.mapping)
+        self.names, self.given, self.genes = names, given, names.genes
+        self.wanted = wanted_genes(settings.vocabulary, names.genes, given.genes if given else None)
         self.inspections = list({unit.inspection.dataset_id: unit.inspection for unit in units}.values())
         if frozen is not None:
             taken = {unit.dataset_id for unit in frozen.units} & {found.dataset_id for found in self.inspections}
@@ -126,10 +147,26 @@ class _Run:
         number = max([0, *Manifest.numbers(self.store)]) + 1
         self._extract()
         bounds, shares = self._survey()
-        vocabulary = self._vocabulary(bounds)
+        earlier = (self.frozen, self.given.genes) if self.frozen and self.given else None
+        rules = self.settings.quality_control
+        selections, searches = select(
+            self.units, self.store, rules, bounds, self.genes, self.wanted, earlier, self._map
+        )
+        vocabulary = self.given.genes if self.given else self._build_vocabulary(selections)
         vocabulary.save(self.store)
-        units = self._rank(bounds, vocabulary)
-        report = account(number, len(vocabulary.ensembl_ids), self.inspections, units, bounds, shares)
+        units, histograms = self._rank(selections, vocabulary)
+        report = account(
+            number,
+            len(vocabulary.tokens),
+            describe(vocabulary, self.settings.vocabulary, self.given),
+            rules,
+            self.inspections,
+            units,
+            bounds,
+            shares,
+            histograms,
+            searches,
+        )
         record_run(
             self.store,
             "ingest run",
@@ -151,119 +188,103 @@ class _Run:
         return report
 
     def _map(
-        self, stage: str, work: Callable[[WorkUnit], tuple[dict[str, Any], dict[str, np.ndarray]]]
-    ) -> "dict[int, tuple[dict[str, Any], dict[str, np.ndarray]]]":
-        """Run a stage whose results are small."""
-        results: dict[int, tuple[dict[str, Any], dict[str, np.ndarray]]] = {}
+        self,
+        stage: str,
+        work: Callable[[Any], Result],
+        tasks: Sequence[Any] | None = None,
+        consume: Callable[[int, Result], None] | None = None,
+    ) -> dict[int, Result]:
+        """Run a stage (`ingest.selection.RunStage`): results are small, or consumed as they come."""
+        tasks = self.units if tasks is None else tasks
+        results: dict[int, Result] = {}
+        done = 0
         problems: dict[int, UserError] = {}
-        progress = Progress(stage, len(self.units), sum(unit.stop - unit.start for unit in self.units))
-        for position, facts, arrays in map_tasks(self.units, work):
+        sizes = [_num_cells(task) for task in tasks]
+        progress = Progress(stage, len(tasks), sum(sizes))
+        for position, facts, arrays in map_tasks(tasks, work):
             if isinstance(facts, UserError):
                 problems[position] = facts
+            elif consume is not None:
+                consume(position, (facts, arrays))
             else:
                 results[position] = facts, arrays
-            progress.add(self.units[position].stop - self.units[position].start)
+            done += 1
+            progress.add(sizes[position])
         progress.done()
         _raise_all(problems)
-        if len(results) != len(self.units):
-            raise RunError(f"{stage}: {len(self.units) - len(results)} work units gave no result; run again")
+        if done != len(tasks):
+            raise RunError(f"{stage}: {len(tasks) - done} tasks gave no result; run again")
         return results
 
     def _extract(self) -> None:
-        store, extra, mapping = self.store, self.settings.extra_obs, self.settings.mapping
+        store, extra, names, rules = self.store, self.settings.extra_obs, self.names, self.settings.quality_control
 
-        def work(unit: WorkUnit) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-            stages.extract(unit, store, *_cached_mapper(mapping), extra)
+        def work(unit: WorkUnit) -> Result:
+            stages.extract(unit, store, names.genes, names.mapper(), extra, rules)
             return {}, {}
 
         self._map("extract", work)
 
-    def _survey(self) -> tuple[dict[str, Bounds], dict[str, float]]:
-        """Quality-control window and share of mapped counts of every dataset."""
-        store = self.store
+    def _survey(self) -> tuple[dict[str, Bounds], dict[str, CountShares]]:
+        """Quality-control window and mapped shares of counts of every dataset."""
+        store, wanted = self.store, self.wanted
 
-        def work(unit: WorkUnit) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-            sums, all_counts, mapped = stages.survey(unit, store)
-            return {"sums": sums.model_dump(), "counts": all_counts, "mapped": mapped}, {}
+        def work(unit: WorkUnit) -> Result:
+            sums, *counts = stages.survey(unit, store, wanted)
+            return {"sums": sums.model_dump(), "counts": counts}, {}
 
         sums: dict[str, Sums] = defaultdict(Sums)
-        counts: dict[str, int] = defaultdict(int)
-        mapped: dict[str, int] = defaultdict(int)
+        counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         for position, (facts, _) in self._map("survey", work).items():
             name = self.units[position].inspection.dataset_id
             sums[name] += Sums.model_validate(facts["sums"])
-            counts[name] += facts["counts"]
-            mapped[name] += facts["mapped"]
+            counts[name] = [a + b for a, b in zip(counts[name], facts["counts"], strict=True)]
         least = self.settings.mapping.min_count_coverage
-        shares = {name: mapped[name] / counts[name] if counts[name] else 0.0 for name in counts}
+        shares = {name: CountShares.of(*numbers) for name, numbers in counts.items()}
         for name, share in shares.items():
-            if share < least:
+            if share.mapped < least:
                 raise UserError(
-                    f"dataset {name}: only {share:.1%} of its counts fall on mapped genes (least: "
+                    f"dataset {name}: only {share.mapped:.1%} of its counts fall on mapped genes (least: "
                     f"mapping.min_count_coverage = {least:.0%}); check mapping.species, or give mapping.aliases"
                 )
         return {name: Bounds.of(total, self.settings.quality_control) for name, total in sums.items()}, shares
 
-    def _vocabulary(self, bounds: dict[str, Bounds]) -> GeneTable:
-        """The frozen gene table, or one of our own from the exact medians of all kept cells."""
-        if self.frozen is not None:
-            return GeneTable.load(self.store, self.frozen.genes)
-        store, rules = self.store, self.settings.quality_control
-        biotypes = self.settings.vocabulary.biotypes
-        wanted = np.ones(len(self.genes), bool)
-        if biotypes is not None:
-            unknown = set(biotypes) - set(self.genes["biotype"])
-            if unknown:
-                raise UserError(f"vocabulary.biotypes: no gene has the biotype {sorted(unknown)[0]!r}")
-            wanted = self.genes["biotype"].is_in(biotypes).to_numpy()
+    def _build_vocabulary(self, selections: list[Selection]) -> GeneTable:
+        rules = self.settings.vocabulary
+        return build_vocabulary(rules, self.genes, self.wanted, self.units, selections, self.store, self._map)
 
-        def count(unit: WorkUnit) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-            position, number = stages.histogram(unit, store, bounds[unit.inspection.dataset_id], rules, wanted)
-            return {}, {"position": position, "number": number}
-
-        histogram = Histogram(len(self.genes))
-        for _, arrays in self._map("count", count).values():
-            histogram.add_sparse(arrays["position"], arrays["number"])
-        low, high = histogram.median_bins()
-
-        def middle(unit: WorkUnit) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-            own = bounds[unit.inspection.dataset_id]
-            genes, values = stages.middle_values(unit, store, own, rules, wanted, low, high)
-            return {}, {"genes": genes, "values": values}
-
-        middles = [arrays for _, arrays in self._map("medians", middle).values()]
-        medians = exact_medians(
-            histogram,
-            np.concatenate([arrays["genes"] for arrays in middles]),
-            np.concatenate([arrays["values"] for arrays in middles]),
-        )
-        seen = self.genes.with_columns(median=medians, n_cells=histogram.n_cells).filter(pl.col("n_cells") > 0)
-        if seen.is_empty():
-            raise UserError("no cell passed quality control: see the rules under quality_control")
-        return GeneTable.own(
-            seen["ensembl_id"].to_list(),
-            seen["symbol"].to_list(),
-            seen["biotype"].to_list(),
-            seen["median"].to_numpy(),
-            seen["n_cells"].to_numpy(),
-        )
-
-    def _rank(self, bounds: dict[str, Bounds], vocabulary: GeneTable) -> list[Unit]:
-        store, rules = self.store, self.settings.quality_control
+    def _rank(
+        self, selections: list[Selection], vocabulary: GeneTable
+    ) -> tuple[list[Unit], dict[str, tuple[Histograms, Histograms]]]:
+        """Units in order, and the histograms of each dataset's cells, read and kept."""
+        store = self.store
         columns = obs_names(self.settings.extra_obs)
         token_of_row = np.array([vocabulary.token_of.get(name, -1) for name in self.genes["ensembl_id"]], np.int32)
 
-        def work(unit: WorkUnit) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-            own = bounds[unit.inspection.dataset_id]
-            made = stages.publish(unit, store, own, rules, vocabulary, token_of_row, columns)
-            return made.model_dump(mode="json"), {}
+        def work(task: tuple[WorkUnit, Selection]) -> Result:
+            made = stages.publish(*task, store, vocabulary, token_of_row, columns)
+            read, kept = stages.histograms(task[0], made, store)
+            return {"unit": made.model_dump(), "read": read.model_dump(), "kept": kept.model_dump()}, {}
 
-        results = self._map("rank", work)
-        units = [Unit.model_validate(results[position][0]) for position in range(len(self.units))]
+        results = self._map("rank", work, list(zip(self.units, selections, strict=True)))
+        facts = [results[position][0] for position in range(len(self.units))]
+        units = [Unit.model_validate(fact["unit"]) for fact in facts]
+        histograms = {found.dataset_id: (Histograms.empty(), Histograms.empty()) for found in self.inspections}
+        for unit, fact in zip(units, facts, strict=True):
+            read, kept = histograms[unit.dataset_id]
+            more = (Histograms.model_validate(fact["read"]), Histograms.model_validate(fact["kept"]))
+            histograms[unit.dataset_id] = read + more[0], kept + more[1]
         for unit in units:
             if unit.rows + sum(unit.dropped.values()) != unit.stop - unit.start:
                 raise RunError(f"{unit.record}: kept and dropped cells do not add up to the unit's rows")
-        return units
+        return units, histograms
+
+
+def _num_cells(task: Any) -> int:
+    """Cells of a task: of a unit, of a published unit, or of all units in a list or tuple."""
+    if isinstance(task, WorkUnit | Unit):
+        return task.stop - task.start
+    return sum(_num_cells(part) for part in task) if isinstance(task, list | tuple) else 0
 
 
 def _raise_all(problems: dict[int, UserError]) -> None:

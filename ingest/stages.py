@@ -14,20 +14,33 @@ from corpus.errors import RunError, UserError
 from corpus.genes import GeneTable
 from corpus.hashing import digest_json
 from corpus.manifest import Unit, unit_record
-from corpus.medians import Histogram, normalise, survivors
+from corpus.medians import count_cells, keep_cells, normalise
 from corpus.schema import FORMAT_VERSION, obs_names
 from corpus.shards import ranked_table, write_shard
 from corpus.store import Store
-from ingest.collapse import GeneCounts, collapse
+from ingest.cells import decode_cells, encode_cells
+from ingest.collapse import GeneCounts, cell_sums, collapse, select
+from ingest.digests import unit_digests
 from ingest.formats import CountMatrix, require_counts
+from ingest.histograms import EDGES, Histograms
 from ingest.mapping import GeneMapper
 from ingest.open import open_source
 from ingest.plan import WorkUnit
-from ingest.quality import Bounds, Sums, reasons
+from ingest.quality import Selection, Sums, source_rules
 from ingest.settings import QualityControl
 
+MEASURES = ["n_counts", "n_genes", "mito_counts", "source_rule"]
+"""Columns of a cells file by which quality control decides."""
 
-def extract(unit: WorkUnit, store: Store, genes: pl.DataFrame, mapper: GeneMapper, extra_obs: Sequence[str]) -> None:
+
+def extract(
+    unit: WorkUnit,
+    store: Store,
+    genes: pl.DataFrame,
+    mapper: GeneMapper,
+    extra_obs: Sequence[str],
+    rules: QualityControl,
+) -> None:
     """Read a unit's rows from its source and create its cells file, unless it is there.
 
     Raises
@@ -38,21 +51,22 @@ def extract(unit: WorkUnit, store: Store, genes: pl.DataFrame, mapper: GeneMappe
     if store.exists(unit.cells):
         return
     source = unit.inspection.source
-    matrix = open_source(source)
+    matrix = open_source(source, unit.inspection.sha256)
     try:
         block = matrix.rows(unit.start, unit.stop)
-        barcodes = matrix.barcodes()
+        barcodes = matrix.barcodes(unit.start, unit.stop)
 
         def describe(entry: int) -> str:
             cell = int(np.searchsorted(block.indptr, entry, side="right")) - 1
-            return f"{source.uri}: cell {barcodes[unit.start + cell]!r} (row {unit.start + cell})"
+            return f"{source.uri}: cell {barcodes[cell]!r} (row {unit.start + cell})"
 
         require_counts(block.data, describe, matrix.layer)
         counts = collapse(block, mapper.map(matrix.features).rows, len(genes))
         labels = _labels(matrix, unit, extra_obs)
+        dropped = _source_rules(matrix, unit, rules)
     finally:
         matrix.close()
-    store.create(unit.cells, _cells_file(unit, barcodes[unit.start : unit.stop], labels, counts, genes))
+    store.create(unit.cells, _cells_file(unit, barcodes, labels, dropped, counts, genes))
 
 
 def _labels(matrix: CountMatrix, unit: WorkUnit, extra_obs: Sequence[str]) -> dict[str, Sequence[str | None]]:
@@ -74,104 +88,124 @@ def _labels(matrix: CountMatrix, unit: WorkUnit, extra_obs: Sequence[str]) -> di
     return columns
 
 
+def _source_rules(matrix: CountMatrix, unit: WorkUnit, rules: QualityControl) -> list[str | None]:
+    """Rule of the source that drops each cell of the unit."""
+    source, there = unit.inspection.source, matrix.obs_columns()
+    for name in source.obs_filters:
+        if name not in there:
+            known = ", ".join(there) or "none"
+            raise UserError(f"{source.uri}: obs_filters.{name}: no column {name!r}; there are {known}")
+    everywhere = {name: values for name, values in rules.obs_filters.items() if name in there}
+    filters = {**everywhere, **source.obs_filters}
+    labels = {name: matrix.labels(name, unit.start, unit.stop) for name in filters}
+    column = source.obs.get("is_primary_data", "is_primary_data")
+    asked = rules.primary_data_only and column in there
+    primary = matrix.labels(column, unit.start, unit.stop) if asked else None
+    return source_rules(labels, filters, primary, unit.stop - unit.start)
+
+
 def _cells_file(
     unit: WorkUnit,
     barcodes: list[str],
     labels: dict[str, Sequence[str | None]],
+    dropped: list[str | None],
     counts: GeneCounts,
     genes: pl.DataFrame,
 ) -> bytes:
-    mitochondrial = genes["is_mitochondrial"].to_numpy()
-    mito = np.add.reduceat(np.append(np.where(mitochondrial[counts.genes], counts.counts, 0), 0), counts.indptr[:-1])
-    lengths = np.diff(counts.indptr)
-    offsets = pa.array(counts.indptr, pa.int32())
-    table = pa.table(
+    mito = cell_sums(counts.indptr, counts.genes, counts.counts, genes["is_mitochondrial"].to_numpy())
+    return encode_cells(
         {
             "cell_id": pa.array([f"{unit.inspection.dataset_id}:{barcode}" for barcode in barcodes], pa.string()),
             "dataset_id": pa.array([unit.inspection.dataset_id] * len(barcodes), pa.string()),
             **{name: pa.array(values, pa.string()) for name, values in labels.items()},
             "n_counts": pa.array(counts.totals, pa.uint32()),
-            "n_genes": pa.array(lengths, pa.uint32()),
-            # reduceat gives the next cell's first entry for a cell without entries
-            "mito_counts": pa.array(np.where(lengths > 0, mito, 0), pa.uint32()),
-            "genes": pa.ListArray.from_arrays(offsets, pa.array(counts.genes)),
-            "counts": pa.ListArray.from_arrays(offsets, pa.array(counts.counts)),
-        }
+            "n_genes": pa.array(np.diff(counts.indptr), pa.uint32()),
+            "mito_counts": pa.array(mito, pa.uint32()),
+            "source_rule": pa.array(dropped, pa.string()),
+        },
+        counts,
     )
-    sink = pa.BufferOutputStream()
-    # Read three times on local disk and then removed: cheap to decode matters more than small.
-    dictionary = ["dataset_id", *labels, "counts.list.element"]
-    # Checksums, because nothing else would notice a changed count between the stages.
-    pq.write_table(table, sink, compression="lz4", use_dictionary=dictionary, write_page_checksum=True)
-    return sink.getvalue().to_pybytes()
 
 
 def read_cells(unit: WorkUnit, store: Store, columns: Sequence[str] | None = None) -> pa.Table:
     """Read (some columns of) a unit's cells file."""
     with store.open(unit.cells) as stream:
-        wanted = None if columns is None else list(columns)
         try:
-            return pq.read_table(stream, columns=wanted, page_checksum_verification=True).combine_chunks()
+            return decode_cells(stream, columns)
         except (OSError, pa.ArrowException) as error:
             raise RunError(f"{store.uri}/{unit.cells}: {error}; move it away and run again") from error
 
 
-def survey(unit: WorkUnit, store: Store) -> tuple[Sums, int, int]:
-    """Sums for the dataset's quality-control window, all counts, and the counts that fall on mapped genes."""
-    cells = read_cells(unit, store, ["n_counts", "mito_counts", "counts"])
-    mapped = int(cells["counts"].combine_chunks().flatten().to_numpy().sum(dtype=np.int64))
-    frame = pl.DataFrame(cells.select(["n_counts", "mito_counts"]))
-    return Sums.of(frame), int(frame["n_counts"].cast(pl.Int64).sum()), mapped
+def survey(unit: WorkUnit, store: Store, wanted: np.ndarray) -> tuple[Sums, int, int, int]:
+    """Sums for the dataset's window; all counts, those on mapped genes, and those on wanted genes (bool[genes])."""
+    cells = read_cells(unit, store, ["n_counts", "mito_counts", "source_rule", "genes", "counts"])
+    _, genes, counts = entries(cells)
+    mapped, inside = int(counts.sum(dtype=np.int64)), int(counts[wanted[genes]].sum(dtype=np.int64))
+    frame = pl.DataFrame(cells.select(["n_counts", "mito_counts", "source_rule"]))
+    return Sums.of(frame), int(frame["n_counts"].cast(pl.Int64).sum()), mapped, inside
 
 
-def _kept(cells: pa.Table, bounds: Bounds, rules: QualityControl) -> tuple[pa.Table, dict[str, int]]:
-    frame = pl.DataFrame(cells.select(["n_counts", "n_genes", "mito_counts"]))
-    reason = reasons(frame, bounds, rules)
-    dropped = {str(rule): int(number) for rule, number in reason.drop_nulls().value_counts().iter_rows()}
-    return cells.filter(pa.array(reason.is_null().to_numpy())), dropped
-
-
-def _entries(cells: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(indptr, genes, counts) of a cells table."""
+def entries(cells: pa.Table, column: str = "genes") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(indptr, genes, counts) of a cells table; of a shard, if the column is `tokens`."""
     if cells.num_rows == 0:
         return np.zeros(1, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.uint32)
-    lists = cells["genes"].combine_chunks()
+    lists = cells[column].combine_chunks()
     lengths = lists.value_lengths().to_numpy().astype(np.int64)
     counts = cells["counts"].combine_chunks().flatten().to_numpy()
     return np.concatenate([[0], np.cumsum(lengths)]), lists.flatten().to_numpy(), counts
 
 
-def _normalised(
-    unit: WorkUnit, store: Store, bounds: Bounds, rules: QualityControl, wanted: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(gene, counts per 10,000) of all entries of kept cells that fall on wanted genes (bool[genes])."""
-    cells, _ = _kept(read_cells(unit, store, ["n_counts", "n_genes", "mito_counts", "genes", "counts"]), bounds, rules)
-    indptr, genes, counts = _entries(cells)
-    totals = np.repeat(cells["n_counts"].to_numpy(), np.diff(indptr))
-    inside = wanted[genes]
-    return genes[inside], normalise(counts[inside], totals[inside])
+def _kept_entries(
+    unit: WorkUnit, selection: Selection, store: Store, wanted: np.ndarray, inside_only: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(numbers of the kept cells, indptr, genes, counts, totals) of a unit.
+
+    With `inside_only`, a cell's total is that of its wanted genes (bool[genes]), not of all genes.
+    """
+    cells = read_cells(unit, store, [*MEASURES, "genes", "counts"])
+    kept = np.flatnonzero(selection.reasons(pl.DataFrame(cells.select(MEASURES))).is_null().to_numpy())
+    indptr, genes, counts = entries(cells)
+    totals = cell_sums(indptr, genes, counts, wanted) if inside_only else cells["n_counts"].to_numpy().astype(np.int64)
+    return kept, indptr, genes, counts, totals
 
 
 def histogram(
-    unit: WorkUnit, store: Store, bounds: Bounds, rules: QualityControl, wanted: np.ndarray
+    unit: WorkUnit, selection: Selection, store: Store, wanted: np.ndarray, inside_only: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """First pass of the medians, as a sparse histogram."""
-    counted = Histogram(len(wanted))
-    counted.add(*_normalised(unit, store, bounds, rules, wanted))
-    return counted.to_sparse()
+    return count_cells(*_kept_entries(unit, selection, store, wanted, inside_only), wanted)
 
 
 def middle_values(
     unit: WorkUnit,
+    selection: Selection,
     store: Store,
-    bounds: Bounds,
-    rules: QualityControl,
     wanted: np.ndarray,
+    inside_only: bool,
     low: np.ndarray,
     high: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Second pass of the medians: the values that share a bin with a gene's middle values."""
-    return survivors(*_normalised(unit, store, bounds, rules, wanted), low, high)
+    return keep_cells(*_kept_entries(unit, selection, store, wanted, inside_only), low, high)
+
+
+def digests(
+    unit: WorkUnit, selection: Selection, store: Store, wanted: np.ndarray, inside_only: bool
+) -> dict[str, np.ndarray]:
+    """Approximate alternative to the two passes: centroids of every gene's values."""
+    kept, indptr, genes, counts, totals = _kept_entries(unit, selection, store, wanted, inside_only)
+    cell_of = np.repeat(np.arange(len(totals)), np.diff(indptr))
+    taken = wanted[genes] & np.isin(cell_of, kept)
+    return unit_digests(genes[taken], normalise(counts[taken], totals[cell_of[taken]]))
+
+
+def histograms(unit: WorkUnit, made: Unit, store: Store) -> tuple[Histograms, Histograms]:
+    """Cells of a unit by counts, genes and mitochondrial share: all that were read, and those in its shard."""
+    read = pl.DataFrame(read_cells(unit, store, MEASURES))
+    with store.open(made.shard) as stream:
+        kept = pl.DataFrame(pq.read_table(stream, columns=list(EDGES)))
+    share = (pl.col("mito_counts") / pl.col("n_counts")).fill_nan(0.0).cast(pl.Float32)
+    return Histograms.of(read.with_columns(mito_fraction=share)), Histograms.of(kept)
 
 
 def _finished(unit_id: str, store: Store) -> Unit | None:
@@ -194,9 +228,8 @@ def _finished(unit_id: str, store: Store) -> Unit | None:
 
 def publish(
     unit: WorkUnit,
+    selection: Selection,
     store: Store,
-    bounds: Bounds,
-    rules: QualityControl,
     vocabulary: GeneTable,
     token_of_row: np.ndarray,
     obs_columns: Sequence[str],
@@ -209,27 +242,27 @@ def publish(
         int32[genes]: token of each row of the species' gene table, -1 for a gene outside the vocabulary.
     """
     found = unit.inspection
-    unit_id = digest_json([FORMAT_VERSION, unit.cells_id, bounds.model_dump(), rules.model_dump(), vocabulary.hash])
+    unit_id = digest_json([FORMAT_VERSION, unit.cells_id, selection.digest, vocabulary.hash])
     done = _finished(unit_id, store)
     if done is not None:
         return done
-    cells, dropped = _kept(read_cells(unit, store), bounds, rules)
-    indptr, genes, counts = _entries(cells)
-    tokens = token_of_row[genes]
-    inside = tokens >= 0
-    lengths = np.bincount(np.repeat(np.arange(cells.num_rows), np.diff(indptr))[inside], minlength=cells.num_rows)
+    cells = read_cells(unit, store)
+    reason = selection.reasons(pl.DataFrame(cells.select(MEASURES)))
+    dropped = {str(rule): int(number) for rule, number in reason.drop_nulls().value_counts().iter_rows()}
+    kept = np.flatnonzero(reason.is_null().to_numpy())
+    lengths, tokens, counts = select(kept, *entries(cells), token_of_row)
     if not lengths.all():
         # Only where the vocabulary is narrower than the gene table (biotypes, a frozen or an imported vocabulary).
         dropped["no_vocabulary_genes"] = int((lengths == 0).sum())
-        cells = cells.filter(pa.array(lengths > 0))
-        lengths = lengths[lengths > 0]
+    cells = cells.drop_columns(["genes", "counts"]).take(pa.array(kept[lengths > 0]))
+    lengths = lengths[lengths > 0]
     fraction = cells["mito_counts"].to_numpy() / cells["n_counts"].to_numpy()
     labelled = cells.select(["cell_id", "dataset_id", *obs_columns, "n_counts", "n_genes"])
     table = ranked_table(
         labelled.append_column("mito_fraction", pa.array(fraction, pa.float32())),
         np.concatenate([[0], np.cumsum(lengths)]),
-        tokens[inside].astype(np.uint16),
-        counts[inside],
+        tokens,
+        counts,
         vocabulary.medians_by_token,
     )
     source: dict[str, str | int] = {
