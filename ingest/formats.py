@@ -8,7 +8,10 @@ import numpy as np
 import scipy.sparse as sp
 
 from corpus.errors import UserError
-from ingest.settings import Source
+
+GENE_EXPRESSION = "Gene Expression"
+OTHER_SPECIES = "other species"
+"""Kind of a feature that the reader knows, from a genome prefix or a genome column, to be of another species."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +21,10 @@ class Features:
     Parameters
     ----------
     names
-        Gene ids or symbols as the source gives them.
+        Gene ids or symbols as the source gives them, without genome prefixes (`mm10___Gcg` is `Gcg`).
     kinds
-        Feature type of each column (`Gene Expression`, `Antibody Capture`, ...), or None where all are genes.
+        Feature type of each column (`Gene Expression`, `Antibody Capture`, ..., `OTHER_SPECIES`), or None where all are
+        genes of the declared species.
     """
 
     names: list[str]
@@ -36,18 +40,22 @@ class CountMatrix(Protocol):
 
     @property
     def num_entries(self) -> int:
-        """Number of stored entries (all entries of a dense matrix)."""
+        """Number of stored entries (a dense matrix: an estimate of its non-zero ones)."""
 
     @property
     def layer(self) -> str:
-        """Which matrix of the file is read: `X`, `raw.X` or a layer's name."""
+        """Which matrix of the file is read, in the format's own words: `X`, `raw.X`, a layer's or a genome's name."""
 
     @property
     def features(self) -> Features:
         """Columns."""
 
-    def barcodes(self) -> list[str]:
-        """Name of every cell."""
+    @property
+    def detected(self) -> dict[str, str]:
+        """What the reader found out by itself and what it left out, for the account; empty if nothing."""
+
+    def barcodes(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """Names of the cells `start:stop`, by default of all."""
 
     def obs_columns(self) -> list[str]:
         """Names of the label columns."""
@@ -60,25 +68,6 @@ class CountMatrix(Protocol):
 
     def close(self) -> None:
         """Let go of the file."""
-
-
-_SUFFIXES = {".h5ad": "h5ad"}
-
-
-def guess_format(source: Source) -> str:
-    """Format of a source, from its settings or its name.
-
-    Raises
-    ------
-    UserError
-        If the name says nothing.
-    """
-    if source.format is not None:
-        return source.format
-    for suffix, name in _SUFFIXES.items():
-        if source.uri.lower().endswith(suffix):
-            return name
-    raise UserError(f"{source.uri}: unknown format; known are {', '.join(_SUFFIXES)}; or set `format`")
 
 
 class DescribeEntry(Protocol):

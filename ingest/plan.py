@@ -44,6 +44,7 @@ class Inspection(Record):
     num_cells: int
     num_entries: int
     layer: str
+    detected: dict[str, str] = {}
     obs_columns: list[str]
     mapping: MappingReport
 
@@ -195,6 +196,7 @@ def inspect(source: Source, mapper: GeneMapper, settings: Mapping) -> Inspection
             num_cells=matrix.num_cells,
             num_entries=matrix.num_entries,
             layer=matrix.layer,
+            detected=matrix.detected,
             obs_columns=matrix.obs_columns(),
             mapping=MappingReport(
                 features=len(genes.rows),

@@ -1,0 +1,1 @@
+"""One adapter per source format, all behind `ingest.formats.CountMatrix` (docs/sources.md)."""
