@@ -69,7 +69,7 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path: Path) -> None:
     folder = write_corpus(tmp_path)
     path = folder / "manifests" / "000002.json"
     path.write_text('{"format_version": 1}')
-    with pytest.raises(UserError, match="000002.json: not a corpus manifest"):
+    with pytest.raises(UserError, match=r"000002\.json: not a corpus manifest"):
         Corpus(folder)
     text = (folder / "manifests" / "000001.json").read_text()
     path.write_text(text.replace('"format_version": 1', '"format_version": 9').replace('"number": 1', '"number": 2'))
