@@ -16,9 +16,9 @@ from evaluate.shifts import MANIFEST, SHIFT, ScanManifest, read_shifts
 from evaluate.stats import KEYS, gene_statistics
 
 SIMILARITY = "similarity"
-_MITOCHONDRIAL = r"(?i)^mt-"
+MITOCHONDRIAL = r"(?i)^mt-"
 # Rps6ka1 and its like are kinases; pseudogenes (Rps10-ps1) keep the flag, as their reads are those of the gene.
-_RIBOSOMAL = r"(?i)^rp(?:sa|lp[0-2]|[sl]\d+(?:a|x|y\d|al|l\d?)?)(?:-ps\d*)?$"
+RIBOSOMAL = r"(?i)^rp(?:sa|lp[0-2]|[sl]\d+(?:a|x|y\d|al|l\d?)?)(?:-ps\d*)?$"
 
 
 def write_stats(shifts_uri: str, out_uri: str, settings: StatsSettings) -> pl.DataFrame:
@@ -55,7 +55,7 @@ def genes_table(manifest: ScanManifest, frame: pl.DataFrame, settings: StatsSett
     """Test every gene (or set of genes) towards every state.
 
     The goal state comes first; within a state the order is as published: significant genes first, then by mean,
-    descending, then by false discovery rate.
+    descending, then by false discovery rate; genes without a test come last.
 
     A scan without states has one block of rows with `state` = "similarity", whose `mean` is the mean cosine between
     perturbed and original cells.
@@ -81,8 +81,8 @@ def genes_table(manifest: ScanManifest, frame: pl.DataFrame, settings: StatsSett
         tested = tested.join(about, on=KEYS.gene, how="left", validate="1:1")
         significant = (pl.col("fdr") < settings.fdr).fill_null(False)
         tested = tested.with_columns(pl.lit(state).alias("state"), significant.alias("significant"))
-        order = ["significant", "mean", "fdr", KEYS.gene]
-        parts.append(tested.sort(order, descending=[True, True, False, False], nulls_last=True))
+        order = [pl.col("p_value").is_null(), pl.col("significant").not_(), -pl.col("mean"), "fdr", KEYS.gene]
+        parts.append(tested.sort(order, nulls_last=True))
     genes = pl.concat(parts)
     first = ["state", KEYS.gene, "symbol", "n_cells", "n_donors", "mean", "ci_low", "ci_high", "p_value", "fdr"]
     return genes.select(*first, pl.exclude(first))
@@ -106,8 +106,8 @@ def _about_genes(frame: pl.DataFrame, num_cells: int) -> pl.DataFrame:
         pl.col("rank").filter(pl.col("rank") >= 0).mean().alias("mean_rank"),
         (pl.col(KEYS.cell).n_unique() / num_cells).alias("detection"),
         pl.col("no_op").sum().alias("n_no_op"),
-        symbol.str.contains(_MITOCHONDRIAL).alias("is_mitochondrial"),
-        symbol.str.contains(_RIBOSOMAL).alias("is_ribosomal"),
+        symbol.str.contains(MITOCHONDRIAL).alias("is_mitochondrial"),
+        symbol.str.contains(RIBOSOMAL).alias("is_ribosomal"),
     )
 
 
@@ -149,7 +149,7 @@ def _pictures(manifest: ScanManifest, genes: pl.DataFrame, settings: StatsSettin
         block["symbol"].to_list(),
         effect_label=f"{what}, minus that of matched genes" if has_null else what,
         threshold=settings.fdr,
-        num_labels=settings.top,
+        num_labels=min(settings.top, 12),
     )
     tested = block.filter(pl.col("p_value").is_not_null())
     ranking = plots.gene_bars(

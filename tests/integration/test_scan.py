@@ -15,10 +15,12 @@ from transformers import BertForMaskedLM
 
 from corpus.errors import UserError
 from corpus.reader import Corpus
-from evaluate.perturb_settings import ScanSettings
+from evaluate import stats
+from evaluate.perturb_settings import ScanSettings, StatsSettings
 from evaluate.scan import run_scan
 from evaluate.scan_setup import Scan
 from evaluate.shifts import read_shifts
+from evaluate.stats_report import MITOCHONDRIAL, RIBOSOMAL, write_stats
 from tests.factories import write_corpus
 from train.model import MaskedLM
 from train.model_folder import ModelCard, save_model
@@ -244,6 +246,74 @@ def test_bad_requests_stop_before_any_work(inputs, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         scan(inputs, tmp_path, **changes)
     assert not list(tmp_path.iterdir())
+
+
+def test_statistics_of_a_scan(finished, tmp_path):
+    (finished / "shifts" / "stale.parquet").write_bytes(b"not of this run")  # must not be looked at
+    genes = write_stats(str(finished), str(tmp_path), StatsSettings(min_cells=5))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "genes.parquet", "genes.csv", "summary.json", "volcano.png", "ranking.png", "runs",
+    }  # fmt: skip
+    assert pl.read_parquet(tmp_path / "genes.parquet").equals(genes)
+    assert (
+        pl.read_csv(tmp_path / "genes.csv")
+        .select("symbol", "n_cells")
+        .equals(genes.select("symbol", "n_cells").cast({"n_cells": pl.Int64}))
+    )
+    assert genes.columns[:10] == [
+        "state", "ensembl_id", "symbol", "n_cells", "n_donors", "mean", "ci_low", "ci_high", "p_value", "fdr",
+    ]  # fmt: skip
+    assert genes["state"].unique(maintain_order=True).to_list() == ["beta", "alpha", "delta"]
+    shifts = table(finished)
+    assert set(genes["test"]) <= {stats.OVER_DONORS, stats.TOO_FEW_CELLS, stats.TOO_FEW_DONORS}
+    for row in genes.filter(pl.col("state") == "delta")[::15].iter_rows(named=True):
+        own = shifts.filter(pl.col("ensembl_id") == row["ensembl_id"])
+        assert row["n_cells"] == own["cell_id"].n_unique() == round(row["detection"] * 20)
+        assert row["mean_rank"] == pytest.approx(own["rank"].mean())
+        if row["p_value"] is not None:
+            assert row["mean"] == pytest.approx(
+                own.group_by("donor_id").agg(pl.col("shift_delta").mean())["shift_delta"].mean()
+            )
+    summary = json.loads((tmp_path / "summary.json").read_bytes())
+    assert summary["states"]["beta"]["tested"] == genes.filter(pl.col("state") == "beta")["p_value"].is_not_null().sum()
+    write_stats(str(finished), str(tmp_path), StatsSettings(min_cells=5))
+    with pytest.raises(UserError, match="holds other results"):
+        write_stats(str(finished), str(tmp_path), StatsSettings(min_cells=6))
+    (finished / "shifts" / "stale.parquet").unlink()
+
+
+def test_statistics_of_joint_lists_and_of_similarity(inputs, tmp_path):
+    run_scan(scan(inputs, tmp_path / "a", perturbation={"genes": ["Gene3", "Gene7"], "combine": "pairs"}))
+    genes = write_stats(str(tmp_path / "a"), str(tmp_path / "b"), StatsSettings(min_cells=2, min_donors=2))
+    assert set(genes["symbol"]) == {"Gene3", "Gene7", "Gene3+Gene7"}
+    run_scan(scan(inputs, tmp_path / "c", states=None))
+    genes = write_stats(str(tmp_path / "c"), str(tmp_path / "d"), StatsSettings(min_cells=5))
+    assert set(genes["state"]) == {"similarity"}
+    np.testing.assert_allclose(
+        genes.filter(pl.col("test") == stats.TOO_FEW_CELLS)["mean"],
+        genes.filter(pl.col("test") == stats.TOO_FEW_CELLS)["mean_similarity"],
+        rtol=1e-3,
+    )
+
+
+def test_statistics_need_a_finished_scan(tmp_path):
+    with pytest.raises(UserError, match=r"no manifest.json"):
+        write_stats(str(tmp_path), str(tmp_path / "out"), StatsSettings())
+
+
+@pytest.mark.parametrize(
+    ("symbol", "mitochondrial", "ribosomal"),
+    [
+        ("mt-Co1", True, False), ("MT-ND4L", True, False), ("Mt1", False, False), ("Rps6", False, True),
+        ("Rpl36al", False, True), ("Rplp0", False, True), ("Rpsa", False, True), ("Rps6ka1", False, False),
+        ("RPL22L1", False, True), ("Rps4x", False, True), ("RPS4Y1", False, True), ("Rps10-ps1", False, True),
+        ("Rps19bp1", False, False), ("Rpl3l", False, True), ("Rps6kb2", False, False),
+    ],
+)  # fmt: skip
+def test_flags_of_symbols(symbol, mitochondrial, ribosomal):
+    symbols = pl.Series([symbol])
+    assert symbols.str.contains(MITOCHONDRIAL).item() == mitochondrial
+    assert symbols.str.contains(RIBOSOMAL).item() == ribosomal
 
 
 def test_run_is_recorded(finished):
