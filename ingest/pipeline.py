@@ -28,6 +28,7 @@ from ingest.quality import Bounds, CountShares, Selection, Sums
 from ingest.report import Report, account, describe
 from ingest.selection import Result, select
 from ingest.settings import IngestSettings
+from ingest.sources_table import all_sources
 from ingest.vocabulary import Given, build_vocabulary, given_vocabulary, mapping_genes, wanted_genes
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def plan(settings: IngestSettings, names: Names | None = None) -> list[WorkUnit]
     UserError
         For all sources that are missing or unusable, the first few by name.
     """
-    sources = expand(settings.sources)
+    sources = expand(all_sources(settings))
     used = names or prepare(settings)[0]
 
     def look(source: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -73,7 +73,8 @@ def expand(sources: list[Source]) -> list[Source]:
     """
     found: list[Source] = []
     for source in sources:
-        uris = match_uris(source.uri)
+        # The question mark of a Census query is no pattern.
+        uris = [source.uri] if source.uri.startswith("census://") else match_uris(source.uri)
         if not uris:
             raise UserError(f"{source.uri}: no file matches")
         if source.dataset_id is not None and len(uris) > 1:

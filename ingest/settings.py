@@ -180,8 +180,10 @@ class Vocabulary(Settings):
 class IngestSettings(Settings):
     """Everything that decides what a corpus holds."""
 
-    sources: list[Source] = Field(min_length=1)
+    sources: list[Source] = []
     """Source files."""
+    sources_table: str | None = None
+    """CSV table of further sources, a column for each setting of a source (`labels.tissue` for one label)."""
     extra_obs: list[str] = []
     """Label columns to carry beside the CELLxGENE ones."""
     quality_control: QualityControl = QualityControl()

@@ -37,7 +37,7 @@ class Census:
     Raises
     ------
     UserError
-        If the client is missing, or the query is wrong or finds no cell.
+        If the client is missing, the Census cannot be reached, or the query is wrong.
     """
 
     def __init__(self, files: SourceFiles | None, source: Source, fingerprint: str | None = None) -> None:

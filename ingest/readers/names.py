@@ -30,7 +30,8 @@ _PREFIXED = {
 }
 _ANY_PREFIX = re.compile(r"([A-Za-z][A-Za-z0-9.\-]*)_+(?=\S)")
 _ENSEMBL_SPECIES = {"mouse": "ENSMUSG", "human": "ENSG"}
-_ENSEMBL = re.compile(r"(ENS[A-Z]*G)\d{11}(?:\.\d+)?\Z", re.IGNORECASE)
+# Alone, or at the end of a longer name (`Gcg_ENSMUSG00000000394.15` in PanglaoDB).
+_ENSEMBL = re.compile(r"(?:.*[_\-|])?(ENS[A-Z]*G)\d{11}(?:\.\d+)?\Z", re.IGNORECASE)
 _UNRESOLVED_SHARE = 0.2
 _UNRESOLVED_SHARE_BESIDE_KNOWN = 0.01
 
@@ -114,7 +115,8 @@ def _refuse_unknown_prefix(
 ) -> None:
     """Stop where many names share a prefix that may be a genome's: nobody knows whose genes these are."""
     genes = [i for i, kind in enumerate(kinds) if kind == GENE_EXPRESSION]
-    matches = [_ANY_PREFIX.match(names[i]) for i in genes if species[i] is None]
+    # An Ensembl id says itself whose gene it is, whatever stands before it.
+    matches = [_ANY_PREFIX.match(names[i]) for i in genes if species[i] is None and not _ENSEMBL.match(names[i])]
     found = Counter(match[1] for match in matches if match)
     any_known = any(species[i] is not None for i in genes)
     least = _UNRESOLVED_SHARE_BESIDE_KNOWN if any_known else _UNRESOLVED_SHARE

@@ -72,6 +72,9 @@ def _load(data: bytes, source: Source) -> _Loaded:
         )
     slots = matrices[wanted]
     num_genes, num_cells = (int(size) for size in slots.Dim)
+    values = np.asarray(slots.x)
+    if values.dtype.kind not in "iuf":
+        raise UserError(f"{source.uri}: {wanted} holds truth values, no counts")
     genes, cells = ([str(name) for name in names] if names is not None else [] for names in slots.Dimnames)
     if (len(genes), len(cells)) != (num_genes, num_cells):
         raise UserError(
@@ -79,7 +82,7 @@ def _load(data: bytes, source: Source) -> _Loaded:
             f"column names"
         )
     # Columns of genes x cells are rows of cells x genes.
-    arrays = (np.asarray(slots.x), np.asarray(slots.i, np.int64), np.asarray(slots.p, np.int64))
+    arrays = (values, np.asarray(slots.i, np.int64), np.asarray(slots.p, np.int64))
     matrix = sp.csr_matrix(arrays, shape=(num_cells, num_genes))
     matrix.check_format(full_check=True)
     return _Loaded(matrix, genes, cells, wanted)
