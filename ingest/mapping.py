@@ -12,8 +12,9 @@ import polars as pl
 from corpus.errors import UserError
 from ingest.formats import Features
 
-_ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{11})(\.\d+)?$", re.IGNORECASE)
-_PARTS = re.compile(r"[|;,\s]+|_+(?=ENS[A-Z]*G\d)|(?<=\d)_+", re.IGNORECASE)
+# Old annotations write the copy on the Y chromosome of a pseudoautosomal gene as ENSGR and ten digits.
+_ENSEMBL = re.compile(r"^(ENS[A-Z]*G(?:\d{11}|R\d{10}))(\.\d+)?$", re.IGNORECASE)
+_PARTS = re.compile(r"[|;,\s]+|_+(?=ENS[A-Z]*GR?\d)|(?<=\d)_+", re.IGNORECASE)
 _SPIKE_IN = re.compile(r"^ERCC-\d{5}$")
 _ASSEMBLIES = {
     "mouse": ("mm9", "mm10", "mm39", "GRCm37", "GRCm38", "GRCm39"),
@@ -171,7 +172,7 @@ class GeneMapper:
 
     def _by_id(self, name: str) -> int:
         match = _ENSEMBL.match(name)
-        # An id of a table may have another form (old pseudoautosomal ids are ENSGR...): as it stands, without version.
+        # Other species' ids (and users' own) may have another form: they count as they stand.
         return self._row_of_id.get((match[1] if match else name).upper(), -1)
 
     def _by_part(self, name: str) -> int:

@@ -1,0 +1,442 @@
+"""Given vocabularies and own ones, in whole runs without a cluster, against slow references."""
+
+import contextlib
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import scipy.sparse as sp
+
+import ingest.pipeline
+from corpus.dictionaries import Dictionary, import_dictionary, read_dictionary, read_pickled_dictionary
+from corpus.errors import UserError
+from corpus.genes import GeneTable
+from corpus.manifest import Manifest
+from corpus.reader import Corpus
+from corpus.species import load_genes
+from corpus.store import Store
+from ingest.digests import DigestMerger, unit_digests
+from ingest.report import Report
+from ingest.settings import IngestSettings, Vocabulary
+from ingest.verify import verify
+
+HUMAN = load_genes("human").filter(pl.col("biotype") == "protein_coding")[:40]
+IDS = HUMAN["ensembl_id"].to_list()
+RETIRED = "ENSGR0000182378"
+
+
+def dictionary(**changes: Any) -> Dictionary:
+    """Tokens against the order of ids, from 2 on, one of them retired from today's annotation."""
+    names = [*reversed(IDS[:30]), RETIRED]
+    tokens = {"<pad>": 0, "<mask>": 1} | {name: 2 + i for i, name in enumerate(names)}
+    medians = {name: 0.5 + 0.25 * (i % 5) for i, name in enumerate(names)}
+    return Dictionary("toy", changes.get("tokens", tokens), changes.get("medians", medians), {})
+
+
+def save(found: Dictionary, path: Path) -> Path:
+    table = {
+        "ensembl_id": list(found.tokens),
+        "token": list(found.tokens.values()),
+        "median": [found.medians.get(name) for name in found.tokens],
+    }
+    pl.DataFrame(table).write_parquet(path)
+    return path
+
+
+# --- dictionaries
+
+
+def test_a_published_vocabulary_keeps_its_tokens_and_has_no_cls() -> None:
+    genes = import_dictionary(dictionary(), HUMAN).genes
+    assert genes.tokens.tolist() == list(range(2, 33))
+    assert genes.ensembl_ids == [*reversed(IDS[:30]), RETIRED]
+    assert genes.special_tokens == {"<pad>": 0, "<mask>": 1}
+    assert genes.vocab_size == 33
+    assert np.isnan(genes.medians_by_token[:2]).all()
+    assert genes.symbols[0] == HUMAN["symbol"][29]
+    assert genes.find(RETIRED) == 32
+
+
+def test_the_same_vocabulary_comes_from_parquet_and_from_pickles(tmp_path: Path) -> None:
+    found = dictionary()
+    expected = import_dictionary(found, HUMAN).genes.hash
+    parquet = read_dictionary(save(found, tmp_path / "d.parquet"))
+    assert import_dictionary(parquet, HUMAN).genes.hash == expected
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        for number, value in ((int, float), (np.int64, np.float64), (np.int32, np.float64)):
+            paths = tmp_path / "tokens.pkl", tmp_path / "medians.pkl"
+            for path, values, kind in zip(paths, (found.tokens, found.medians), (number, value), strict=True):
+                path.write_bytes(pickle.dumps({name: kind(n) for name, n in values.items()}, protocol))
+            assert import_dictionary(read_dictionary(*paths), HUMAN).genes.hash == expected
+
+
+def test_only_genes_with_token_and_median_are_ranked_and_losses_are_named() -> None:
+    full = dictionary()
+    tokens = {name: token for name, token in full.tokens.items() if name != IDS[3]}
+    medians = {name: median for name, median in full.medians.items() if name != IDS[5]}
+    found = import_dictionary(dictionary(tokens=tokens, medians=medians), HUMAN)
+    assert found.without_token == [IDS[3]]
+    assert found.without_median == [IDS[5]]
+    assert {IDS[3], IDS[5]}.isdisjoint(found.genes.ensembl_ids)
+    assert len(found.genes.tokens) == 29
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"medians": dict.fromkeys(IDS[:30], 0.0)}, "is not a positive number"),
+        ({"medians": {name: float("nan") for name in IDS[:30]}}, "is not a positive number"),
+        ({"tokens": dict.fromkeys(IDS[:30], 7)}, "have the same token 7"),
+        (
+            {"tokens": {"<pad>": 0, "<mask>": 40, **{name: i + 2 for i, name in enumerate(IDS[:30])}}},
+            "<mask> has token 40",
+        ),
+        (
+            {"tokens": {name: i for i, name in enumerate(IDS[:30])}, "medians": dict.fromkeys(IDS, 1.0)},
+            "reserved for <pad>",
+        ),
+        ({"tokens": {IDS[0]: 70_000}}, "does not fit 16 bits"),
+        ({"tokens": {"<bos>": 2, IDS[0]: 3}}, "unknown special token <bos>"),
+    ],
+)
+def test_a_broken_vocabulary_does_not_load(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        import_dictionary(dictionary(**changes), HUMAN)
+
+
+def test_a_vocabulary_of_another_species_is_refused() -> None:
+    with pytest.raises(UserError, match=r"check mapping\.species"):
+        import_dictionary(dictionary(), load_genes("mouse"))
+
+
+class Malice:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
+        self.parts = call, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.parts
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        Malice(os.system, "touch {marker}"),
+        {"ENSG00000000003": Malice(os.mkdir, "{marker}")},
+        {"ENSG00000000003": Malice(eval, "open('{marker}', 'w')")},
+        {"a": Malice(getattr, "text", "upper")},
+    ],
+)
+def test_a_malicious_pickle_is_refused_and_runs_nothing(content: Any, tmp_path: Path) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "d.pkl"
+    inner = content["ENSG00000000003"] if isinstance(content, dict) and "ENSG00000000003" in content else content
+    if isinstance(inner, Malice):
+        inner.parts = inner.parts[0], tuple(text.replace("{marker}", str(marker)) for text in inner.parts[1])
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        path.write_bytes(pickle.dumps(content, protocol))
+        with pytest.raises(UserError, match="not a harmless pickled dictionary"):
+            read_pickled_dictionary(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not a pickle",
+        pickle.dumps({"a": 1})[:-3],
+        # A memo slot of 2^32 - 1: the plain unpickler allocates tens of gigabytes.
+        b"\x80\x03}r\xff\xff\xff\xff.",
+        # Alters the reader of scalars instead of calling it.
+        b"\x80\x03cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.",
+        b"\x80\x03cnumpy\ndtype\nX\x01\x00\x00\x00O\x85R.",
+        pickle.dumps(["a", "list"]),
+        pickle.dumps({"a": "text"}),
+        pickle.dumps({1: 2}),
+        pickle.dumps({"a": True}),
+        pickle.dumps({"a": np.array([1.0])}),
+        pickle.dumps({"a": object}),
+    ],
+)
+def test_anything_but_a_dictionary_of_numbers_is_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "d.pkl"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"d\.pkl"):
+        read_pickled_dictionary(path)
+
+
+def test_swapped_and_missing_pickles_are_told(tmp_path: Path) -> None:
+    tokens, medians = tmp_path / "t.pkl", tmp_path / "m.pkl"
+    tokens.write_bytes(pickle.dumps({"a": 2}))
+    medians.write_bytes(pickle.dumps({"a": 2.5}))
+    with pytest.raises(UserError, match="are the two files swapped"):
+        read_dictionary(medians, tokens)
+    with pytest.raises(UserError, match="dictionary_medians"):
+        read_dictionary(tokens)
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    for bad in (
+        {"dictionary": "a.parquet", "corpus": "b"},
+        {"dictionary": "a.parquet", "biotypes": ["miRNA"]},
+        {"corpus": "b", "medians": "tdigest"},
+        {"dictionary_medians": "m.pkl"},
+    ):
+        with pytest.raises(ValueError, match=r"exclude|no place|needs"):
+            Vocabulary.model_validate(bad)
+
+
+# --- whole runs
+
+
+def here(tasks: Sequence[Any], work: Callable[[Any], Any]) -> Iterator[tuple[int, Any, dict[str, np.ndarray]]]:
+    """Do the tasks in this process, last first: no result may depend on the order."""
+    for position in reversed(range(len(tasks))):
+        try:
+            facts, arrays = work(tasks[position])
+        except UserError as error:
+            facts, arrays = error, {}
+        yield position, facts if isinstance(facts, UserError) else json.loads(json.dumps(facts)), arrays
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
+    monkeypatch.setattr(ingest.pipeline, "map_tasks", here)
+    monkeypatch.setattr(ingest.pipeline, "cluster", contextlib.nullcontext)
+    return lambda settings, out, **rest: ingest.pipeline.run(IngestSettings.model_validate(settings), str(out), **rest)
+
+
+def write_source(
+    path: Path, counts: np.ndarray, features: Sequence[str] = IDS, obs: dict[str, Any] | None = None
+) -> str:
+    names = [f"c{i}" for i in range(len(counts))]
+    anndata.AnnData(
+        sp.csr_matrix(counts.astype(np.float32)),
+        obs=pd.DataFrame(obs or {}, index=names),
+        var=pd.DataFrame(index=list(features)),
+    ).write_h5ad(path)
+    return str(path)
+
+
+def draw(seed: int, num_cells: int = 60) -> np.ndarray:
+    return np.random.default_rng(seed).poisson(1.5, (num_cells, len(IDS)))
+
+
+def settings_of(*uris: str, **changes: Any) -> dict[str, Any]:
+    rules = {"counts_sd": "none", "mito_counts_sd": "none", "duplicate_min_genes": 10}
+    return {
+        "sources": [{"uri": uri} for uri in uris],
+        "mapping": {"species": "human"},
+        "quality_control": rules | changes.pop("quality_control", {}),
+        "entries_per_unit": 1_000,
+        **changes,
+    }
+
+
+def cells_of(out: Path) -> dict[str, list[str]]:
+    """Cell id to its genes, highest rank first."""
+    corpus = Corpus(out)
+    name_of = dict(zip(corpus.genes.tokens.tolist(), corpus.genes.ensembl_ids, strict=True))
+    ids, found = corpus.obs(["cell_id"])["cell_id"].to_list(), {}
+    for cells in corpus.iter_cells():
+        for row, number in enumerate(cells.index):
+            tokens = cells.tokens[cells.offsets[row] : cells.offsets[row + 1]]
+            found[ids[number]] = [name_of[token] for token in tokens.tolist()]
+    return found
+
+
+def test_a_corpus_is_ranked_by_an_imported_dictionary(run: Callable[..., Report], tmp_path: Path) -> None:
+    features, counts = [*IDS, f"{RETIRED}.2"], np.hstack([draw(1), draw(2)[:, :1] + 1])
+    counts[7, :30] = counts[7, -1] = 0
+    uri = write_source(tmp_path / "a.h5ad", counts, features)
+    path = save(dictionary(), tmp_path / "d.parquet")
+    rules = {"min_genes": 1}
+    report = run(settings_of(uri, vocabulary={"dictionary": str(path)}, quality_control=rules), tmp_path / "out")
+    assert all(not check.faults for check in verify(str(tmp_path / "out")))
+    tokens, medians = dictionary().tokens, dictionary().medians
+    names = [*IDS, RETIRED]
+    expected = {}
+    for i, row in enumerate(counts.tolist()):
+        held = [
+            (-(count / medians[name]), tokens[name], name)
+            for name, count in zip(names, row, strict=True)
+            if count and name in medians
+        ]
+        if held:
+            expected[f"a:c{i}"] = [name for _, _, name in sorted(held)]
+    assert cells_of(tmp_path / "out") == expected
+    account = report.datasets["a"]
+    assert account.dropped == {"no_vocabulary_genes": 1}
+    inside = counts[:, [name in medians for name in names]].sum() / counts.sum()
+    assert account.mapping.umi_share_in_vocabulary == pytest.approx(inside, abs=1e-6)
+    assert account.mapping.umi_share_mapped == 1.0
+    assert report.vocabulary is not None
+    assert report.vocabulary.special_tokens == {"<pad>": 0, "<mask>": 1}
+
+
+def test_an_evaluation_set_takes_the_medians_of_another_corpus(run: Callable[..., Report], tmp_path: Path) -> None:
+    first, second = write_source(tmp_path / "a.h5ad", draw(1)), write_source(tmp_path / "b.h5ad", draw(2) * 7)
+    run(settings_of(first), tmp_path / "one")
+    run(settings_of(second, vocabulary={"corpus": str(tmp_path / "one")}), tmp_path / "two")
+    assert Manifest.read(Store(tmp_path / "two")).genes_hash == Manifest.read(Store(tmp_path / "one")).genes_hash
+    run(settings_of(second), tmp_path / "own")
+    assert Manifest.read(Store(tmp_path / "own")).genes_hash != Manifest.read(Store(tmp_path / "one")).genes_hash
+    assert all(not check.faults for check in verify(str(tmp_path / "two")))
+
+
+@pytest.mark.parametrize("total", ["all_genes", "vocabulary"])
+def test_medians_are_those_of_numpy_over_all_kept_cells(run: Callable[..., Report], tmp_path: Path, total: str) -> None:
+    counts = [draw(3), draw(4)]
+    uris = [write_source(tmp_path / f"{i}.h5ad", part, [*IDS[:-1], "Unknown"]) for i, part in enumerate(counts)]
+    biotypes = ["protein_coding"]
+    run(settings_of(*uris, vocabulary={"biotypes": biotypes, "total": total}), tmp_path / "out")
+    genes = Corpus(tmp_path / "out").genes
+    every = np.vstack(counts).astype(np.float64)
+    mapped = every[:, :-1]
+    sums = (every if total == "all_genes" else mapped).sum(axis=1, keepdims=True)
+    for gene, median in zip(genes.ensembl_ids, genes.table["median"].to_pylist(), strict=True):
+        column = mapped[:, IDS.index(gene)]
+        assert median == np.median((column / sums[:, 0] * 10_000)[column > 0])
+    # The switch changes medians, never what is counted.
+    assert Corpus(tmp_path / "out").obs(["n_counts"])["n_counts"].to_list() == every.sum(axis=1).tolist()
+
+
+def test_identical_cells_are_dropped_in_plan_order(run: Callable[..., Report], tmp_path: Path) -> None:
+    first, second = draw(5), draw(6)
+    second[[3, 50]] = first[[11, 2]]
+    second[8] = second[20]
+    first[0, 1:] = second[0, 1:] = 0
+    first[0, 0] = second[0, 0] = 9  # two cells of one gene, equal by chance
+    uris = [write_source(tmp_path / f"{name}.h5ad", part) for name, part in (("a", first), ("b", second))]
+    rules = {"min_genes": 1}
+    report = run(settings_of(*uris, quality_control=rules), tmp_path / "out")
+    assert report.datasets["a"].dropped == {}
+    assert report.datasets["b"].dropped == {"duplicate_of_another_cell": 3}
+    kept = cells_of(tmp_path / "out")
+    assert {f"b:c{i}" for i in range(60)} - set(kept) == {"b:c3", "b:c50", "b:c20"}
+    # The other order of sources keeps the other copies; the size of units changes nothing.
+    turned = settings_of(*reversed(uris), quality_control=rules) | {"entries_per_unit": 100_000}
+    run(turned, tmp_path / "turned")
+    assert {"a:c11", "a:c2", "b:c20"}.isdisjoint(cells_of(tmp_path / "turned"))
+    off = run(settings_of(*uris, quality_control=rules | {"drop_duplicates": False}), tmp_path / "off")
+    assert off.num_cells == 120
+
+
+def test_added_sources_are_compared_with_the_cells_that_are_there(run: Callable[..., Report], tmp_path: Path) -> None:
+    first, second = draw(5), draw(6)
+    second[[3, 50]] = first[[11, 2]]
+    uris = [write_source(tmp_path / f"{name}.h5ad", part) for name, part in (("a", first), ("b", second))]
+    run(settings_of(uris[0]), tmp_path / "out")
+    report = run(settings_of(uris[1]), tmp_path / "out", frozen=Manifest.read(Store(tmp_path / "out")))
+    assert report.datasets["b"].dropped == {"duplicate_of_another_cell": 2}
+    assert len(cells_of(tmp_path / "out")) == 118
+    assert all(not check.faults for check in verify(str(tmp_path / "out")))
+
+
+def test_a_copy_is_kept_if_the_first_one_fails_its_own_rules(run: Callable[..., Report], tmp_path: Path) -> None:
+    first, second = draw(5), draw(6)
+    second[4] = first[4]
+    uris = [
+        write_source(tmp_path / "a.h5ad", first, obs={"is_primary_data": [i != 4 for i in range(60)]}),
+        write_source(tmp_path / "b.h5ad", second),
+    ]
+    report = run(settings_of(*uris), tmp_path / "out")
+    assert report.datasets["a"].dropped == {"not_primary_data": 1}
+    assert report.datasets["b"].dropped == {}
+    assert "b:c4" in cells_of(tmp_path / "out")
+
+
+def test_filters_and_the_account_of_every_cell(run: Callable[..., Report], tmp_path: Path) -> None:
+    counts = draw(7)
+    counts[1] = 0
+    passes = [1 if i % 4 else 0 for i in range(60)]
+    uris = [
+        write_source(tmp_path / "a.h5ad", counts, obs={"filter_pass": passes}),
+        write_source(tmp_path / "b.h5ad", draw(8)),
+    ]
+    rules = {"obs_filters": {"filter_pass": ["1"]}}
+    report = run(settings_of(*uris, quality_control=rules), tmp_path / "out")
+    assert report.datasets["a"].dropped == {"no_counts": 1, "obs_filter": 15}
+    assert report.datasets["a"].obs_filters == {"filter_pass": ["1"]}
+    assert report.datasets["b"].obs_filters == {}
+    for account in report.datasets.values():
+        assert account.cells_kept + sum(account.dropped.values()) == account.cells_read
+        for name in ("n_counts", "n_genes", "mito_fraction"):
+            assert sum(getattr(account.histograms["before"], name)) == account.cells_read
+            assert sum(getattr(account.histograms["after"], name)) == account.cells_kept
+    assert "dropped, obs_filter: 15" in "\n".join(report.lines())
+    bad = settings_of(*uris)
+    bad["sources"][1]["obs_filters"] = {"filter_pass": ["1"]}
+    with pytest.raises(UserError, match=r"b\.h5ad: obs_filters\.filter_pass: no column"):
+        run(bad, tmp_path / "bad")
+
+
+def test_repeated_genes_are_summed_or_refused(run: Callable[..., Report], tmp_path: Path) -> None:
+    counts = draw(9)
+    split = np.hstack([counts, counts[:, :1]])
+    split[:, 0] = 0
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    once = write_source(tmp_path / "x" / "a.h5ad", counts)
+    twice = write_source(tmp_path / "y" / "a.h5ad", split, [*IDS, f"{IDS[0]}.3"])
+    run(settings_of(once), tmp_path / "one")
+    run(settings_of(once) | {"mapping": {"species": "human", "on_duplicates": "refuse"}}, tmp_path / "same")
+    run(settings_of(twice), tmp_path / "two")
+    assert cells_of(tmp_path / "one") == cells_of(tmp_path / "two") == cells_of(tmp_path / "same")
+    with pytest.raises(UserError, match=rf"{IDS[0]}: {IDS[0]}, {IDS[0]}\.3"):
+        run(settings_of(twice) | {"mapping": {"species": "human", "on_duplicates": "refuse"}}, tmp_path / "no")
+
+
+# --- t-digest
+
+
+def test_digests_come_near_the_medians_and_merge_in_plan_order() -> None:
+    pytest.importorskip("crick")
+    rng = np.random.default_rng(0)
+    parts = [(rng.integers(0, 5, 4_000).astype(np.uint32), rng.lognormal(1, 1, 4_000)) for _ in range(3)]
+    sent = [unit_digests(*part) for part in parts]
+    merged = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        merger = DigestMerger(6)
+        for position in order:
+            merger.add(position, sent[position])
+        merged.append(merger.medians(3))
+    assert np.array_equal(merged[0][0], merged[1][0], equal_nan=True)
+    genes, values = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    for gene in range(5):
+        assert merged[0][0][gene] == pytest.approx(np.median(values[genes == gene]), rel=0.02)
+    assert merged[0][1].tolist() == np.bincount(genes, minlength=6).tolist()
+    assert np.isnan(merged[0][0][5])
+    merger = DigestMerger(6)
+    merger.add(0, sent[0])
+    with pytest.raises(ValueError, match="2 units are missing"):
+        merger.medians(3)
+
+
+def test_the_tdigest_mode_runs_and_is_recorded(run: Callable[..., Report], tmp_path: Path) -> None:
+    pytest.importorskip("crick")
+    uri = write_source(tmp_path / "a.h5ad", draw(1, 200))
+    report = run(settings_of(uri, vocabulary={"medians": "tdigest"}), tmp_path / "digest")
+    run(settings_of(uri), tmp_path / "exact")
+    near, exact = (Corpus(tmp_path / name).genes for name in ("digest", "exact"))
+    assert near.ensembl_ids == exact.ensembl_ids
+    assert near.table["n_cells"].equals(exact.table["n_cells"])
+    np.testing.assert_allclose(near.table["median"].to_numpy(), exact.table["median"].to_numpy(), rtol=0.1)
+    assert report.vocabulary is not None
+    assert report.vocabulary.medians == "tdigest"
+
+
+def test_a_gene_table_never_gives_a_gene_the_place_of_pad_or_mask() -> None:
+    table = import_dictionary(dictionary(), HUMAN).genes.table
+    low = table.set_column(0, table.schema.field("token"), [(np.arange(len(table)) + 1).astype(np.uint16)])
+    with pytest.raises(UserError, match="reserved for <mask>"):
+        GeneTable(low)
