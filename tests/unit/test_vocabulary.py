@@ -28,7 +28,8 @@ from ingest.report import Report
 from ingest.settings import IngestSettings, Vocabulary
 from ingest.verify import verify
 
-HUMAN = load_genes("human").filter(pl.col("biotype") == "protein_coding")[:40]
+HUMAN_CODING = load_genes("human").filter(pl.col("biotype") == "protein_coding")[:300]
+HUMAN = HUMAN_CODING[:40]
 IDS = HUMAN["ensembl_id"].to_list()
 RETIRED = "ENSGR0000182378"
 
@@ -394,6 +395,35 @@ def test_repeated_genes_are_summed_or_refused(run: Callable[..., Report], tmp_pa
     assert cells_of(tmp_path / "one") == cells_of(tmp_path / "two") == cells_of(tmp_path / "same")
     with pytest.raises(UserError, match=rf"{IDS[0]}: {IDS[0]}, {IDS[0]}\.3"):
         run(settings_of(twice) | {"mapping": {"species": "human", "on_duplicates": "refuse"}}, tmp_path / "no")
+
+
+def test_doublets_are_sought_sample_by_sample_across_units(run: Callable[..., Report], tmp_path: Path) -> None:
+    pytest.importorskip("scanpy")
+    pytest.importorskip("skimage")
+    rng = np.random.default_rng(0)
+    genes = HUMAN_CODING["ensembl_id"].to_list()
+    profiles = np.tile(rng.gamma(0.5, 0.4, 300), (3, 1))
+    for kind in range(3):
+        profiles[kind, kind * 100 : kind * 100 + 100] += rng.gamma(1.0, 3.0, 100)
+    first = rng.integers(0, 3, 330)
+    # Of every eleven cells the last is a doublet; samples take turns; the third sample is too small to search.
+    rates = np.where((np.arange(330) % 11 == 10)[:, None], profiles[first] + profiles[(first + 1) % 3], profiles[first])
+    samples = ["tiny" if i < 20 else f"s{i % 2}" for i in range(330)]
+    uri = write_source(tmp_path / "a.h5ad", rng.poisson(rates), genes, {"donor_id": samples})
+    rules = {"doublets": {"method": "scrublet", "batch": "donor_id", "expected_rate": 0.09}}
+    runs = [
+        run(settings_of(uri, quality_control=rules) | {"entries_per_unit": size}, tmp_path / str(size))
+        for size in (4_000, 1_000_000)
+    ]
+    account = runs[0].datasets["a"]
+    assert set(account.doublets) == {"s0", "s1", "tiny"}
+    assert account.doublets["tiny"].skipped == "fewer cells than 100"
+    assert account.dropped["doublet"] == account.doublets["s0"].found + account.doublets["s1"].found > 10
+    assert account == runs[1].datasets["a"]
+    assert cells_of(tmp_path / "4000") == cells_of(tmp_path / "1000000")
+    small = {"doublets": {"method": "scrublet", "max_cells": 100}}
+    with pytest.raises(UserError, match=r"dataset a has 330 cells, more than .*max_cells = 100"):
+        run(settings_of(uri, quality_control=small), tmp_path / "no")
 
 
 # --- t-digest
