@@ -76,6 +76,8 @@ class Manifest(Record):
         Hash of the sources' contents and the settings that led here; a run whose plan is published has nothing to do.
     units
         In the order of the sources; readers number cells in this order.
+    quarantined
+        Dataset ids that were asked for and are not here, with the reason: their sources could not be read.
     """
 
     format_version: int = FORMAT_VERSION
@@ -85,6 +87,7 @@ class Manifest(Record):
     genes_hash: str
     obs_columns: list[str]
     units: list[Unit]
+    quarantined: dict[str, str] = {}
 
     @property
     def num_cells(self) -> int:

@@ -96,6 +96,14 @@ class Store:
         with told(f"{self.uri}/{path}"):
             return float(self._fs_root[0].modified(self._full(path)).timestamp())
 
+    def version(self, path: str) -> str:
+        """What changes when a file is written anew: its size and its time, or the tag of the object storage."""
+        with told(f"{self.uri}/{path}"):
+            facts = self._fs_root[0].info(self._full(path))
+        if self.is_local:
+            return f"{facts['size']} {Path(self.uri, path).stat().st_mtime_ns}"
+        return f"{facts.get('size')} {facts.get('ETag', facts.get('LastModified'))}"
+
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading, with seek."""
         with told(f"{self.uri}/{path}"):

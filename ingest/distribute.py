@@ -14,6 +14,7 @@ import ray.data
 
 from corpus.cluster import ray_options
 from corpus.errors import RunError, UserError
+from ingest.sandbox import SourceDiedError
 
 
 @contextlib.contextmanager
@@ -36,7 +37,7 @@ def cluster() -> Iterator[None]:
 
 def map_tasks(
     tasks: Sequence[Any], work: Callable[[Any], tuple[dict[str, Any], dict[str, np.ndarray]]]
-) -> Iterator[tuple[int, dict[str, Any] | UserError, dict[str, np.ndarray]]]:
+) -> Iterator[tuple[int, dict[str, Any] | UserError | SourceDiedError, dict[str, np.ndarray]]]:
     """Do `work` for every task on the cluster, and yield results as they come, in any order.
 
     Ray may do a task twice (a node was lost): `work` must give the same result and leave the same files.
@@ -48,7 +49,7 @@ def map_tasks(
 
     Yields
     ------
-    position, facts or the `UserError` that the task raised, arrays
+    position, facts or the `UserError` or `SourceDiedError` that the task raised, arrays
 
     Raises
     ------
@@ -65,7 +66,9 @@ def map_tasks(
             try:
                 facts, arrays = work(ray.get(held)[position])
             except UserError as error:
-                facts, arrays = {"user_error": str(error)}, {}
+                facts, arrays = {"user_error": str(error), "notes": getattr(error, "__notes__", [])}, {}
+            except SourceDiedError as error:
+                facts, arrays = {"source_died": str(error)}, {}
             except RunError as error:
                 facts, arrays = {"run_error": str(error)}, {}
             buffer = io.BytesIO()
@@ -89,5 +92,15 @@ def map_tasks(
             if "run_error" in facts:
                 raise RunError(facts["run_error"])
             with np.load(io.BytesIO(row["arrays"]), allow_pickle=False) as arrays:
-                outcome = UserError(facts["user_error"]) if "user_error" in facts else facts
-                yield row["position"], outcome, dict(arrays)
+                yield row["position"], _outcome(facts), dict(arrays)
+
+
+def _outcome(facts: dict[str, Any]) -> dict[str, Any] | UserError | SourceDiedError:
+    if "source_died" in facts:
+        return SourceDiedError(facts["source_died"])
+    if "user_error" not in facts:
+        return facts
+    error = UserError(facts["user_error"])
+    for note in facts["notes"]:
+        error.add_note(note)
+    return error

@@ -49,6 +49,11 @@ def fingerprint(source: Source) -> tuple[str, int]:
     return files.fingerprint(), files.size_bytes()
 
 
+def version(source: Source) -> str:
+    """What changes when a file of the source is touched: sizes and times, or the object storage's own tags."""
+    return "" if guess_format(source) == "census" else source_files(source).version()
+
+
 def open_source(source: Source, content: str | None = None, gene_share: GeneShare | None = None) -> CountMatrix:
     """Open a source for reading.
 

@@ -6,7 +6,7 @@ is in it, and the manifest comes last (docs/corpus-format.md).
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,17 +22,20 @@ from ingest import digests, stages
 from ingest.distribute import cluster, map_tasks
 from ingest.doublets import require_library
 from ingest.histograms import Histograms
-from ingest.plan import Inspection, Names, WorkUnit, cut, expand, inspect, plan_hash
+from ingest.limits import Limits
+from ingest.plan import Inspection, Names, WorkUnit, cut, expand, plan_hash
+from ingest.problems import Problems
 from ingest.progress import Progress
 from ingest.quality import Bounds, CountShares, Selection, Sums
 from ingest.report import Report, account, describe
+from ingest.sandbox import SourceDiedError, read_safely
 from ingest.selection import Result, select
 from ingest.settings import IngestSettings
 from ingest.sources_table import all_sources
+from ingest.tasks import extract_unit, inspect_source
 from ingest.vocabulary import Given, build_vocabulary, given_vocabulary, mapping_genes, wanted_genes
 
 logger = logging.getLogger(__name__)
-_ERRORS_SHOWN = 5
 
 
 def prepare(settings: IngestSettings, added_to: tuple[Store, Manifest] | None = None) -> tuple[Names, Given | None]:
@@ -43,37 +46,59 @@ def prepare(settings: IngestSettings, added_to: tuple[Store, Manifest] | None = 
     return Names.of(settings.mapping, genes, 0 if given is None else len(given.genes.tokens)), given
 
 
-def plan(settings: IngestSettings, names: Names | None = None) -> list[WorkUnit]:
+def plan(
+    settings: IngestSettings,
+    names: Names | None = None,
+    limits: Limits | None = None,
+    problems: Problems | None = None,
+) -> list[WorkUnit]:
     """Look at every source, on the cluster, and cut it into work units; changes nothing.
 
     Parameters
     ----------
     names
         From `prepare`, if that is done already.
+    limits
+        What reading a source may cost.
+    problems
+        Collects the sources that are missing or unusable.
 
     Raises
     ------
-    UserError
-        For all sources that are missing or unusable, the first few by name.
+    UserError, RunError
+        For all such sources, the first few by name, unless they may be quarantined; see `Problems.settle`.
     """
     sources = expand(all_sources(settings))
     used = names or prepare(settings)[0]
+    allowed, problems = limits or Limits(), problems or Problems()
 
-    def look(source: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        return inspect(source, used.mapper(), used.settings).model_dump(mode="json"), {}
+    def look(source: Any) -> Result:
+        return read_safely(allowed, source.uri, inspect_source, source, used), {}
 
     found: dict[int, Inspection] = {}
-    problems: dict[int, UserError] = {}
+    errors: dict[int, UserError | SourceDiedError] = {}
+    progress = Progress("inspect", len(sources), len(sources), what="sources")
     for position, facts, _ in map_tasks(sources, look):
-        if isinstance(facts, UserError):
-            problems[position] = facts
+        if isinstance(facts, UserError | SourceDiedError):
+            errors[position] = facts
         else:
             found[position] = Inspection.model_validate(facts)
-    _raise_all(problems)
+        progress.add(1)
+    progress.done()
+    for position in sorted(errors):
+        problems.add(sources[position].dataset_id or "", errors[position])
+    problems.settle(left=len(found))
     return cut([found[position] for position in sorted(found)], settings, used.hash)
 
 
-def run(settings: IngestSettings, out: str, *, frozen: Manifest | None = None) -> Report:
+def run(
+    settings: IngestSettings,
+    out: str,
+    *,
+    frozen: Manifest | None = None,
+    limits: Limits | None = None,
+    allow_quarantine: bool = False,
+) -> Report:
     """Ingest sources into a corpus.
 
     Parameters
@@ -84,6 +109,10 @@ def run(settings: IngestSettings, out: str, *, frozen: Manifest | None = None) -
         URI of the corpus.
     frozen
         Manifest of the corpus at `out`, to add to it: its gene table is used as it is, its units stay.
+    limits
+        What reading a source may cost.
+    allow_quarantine
+        Whether to go on without sources that cannot be read; report and manifest name them.
 
     Returns
     -------
@@ -94,7 +123,7 @@ def run(settings: IngestSettings, out: str, *, frozen: Manifest | None = None) -
     UserError
         If a source is unusable; nothing is published then.
     RunError
-        If sums do not agree.
+        If a source made its reader die twice, if sums do not agree, or if a file of the corpus was changed.
     """
     store = Store(out)
     require_library(settings.quality_control.doublets)
@@ -102,24 +131,18 @@ def run(settings: IngestSettings, out: str, *, frozen: Manifest | None = None) -
         digests.require_library()
     names, given = prepare(settings, None if frozen is None else (store, frozen))
     with cluster():
-        units = plan(settings, names)
-        name = plan_hash(units, settings, given.genes.hash if given else None, frozen.plan if frozen else None)
-        report = _published(store, name)
+        problems = Problems(allow_quarantine)
+        units = plan(settings, names, limits, problems)
+        this = _Run(settings, store, units, frozen, names, given, limits or Limits(), problems)
+        report = this.published()
         if report is None:
-            report = _Run(settings, store, units, frozen, names, given).publish(name)
+            report = this.publish()
         else:
             logger.info("%s: manifest %d already holds this run", out, report.number)
     for path in {unit.cells for unit in units}:
         if store.exists(path):
             store.remove(path)
     return report
-
-
-def _published(store: Store, plan_name: str) -> Report | None:
-    for number in Manifest.numbers(store):
-        if Manifest.read(store, number).plan == plan_name:
-            return Report.model_validate_json(store.read_bytes(f"reports/{number:06d}.json"))
-    return None
 
 
 class _Run:
@@ -133,8 +156,11 @@ class _Run:
         frozen: Manifest | None,
         names: Names,
         given: Given | None,
+        limits: Limits,
+        problems: Problems,
     ) -> None:
         self.settings, self.store, self.units, self.frozen = settings, store, units, frozen
+        self.limits, self.problems = limits, problems
         self.names, self.given, self.genes = names, given, names.genes
         self.wanted = wanted_genes(settings.vocabulary, names.genes, given.genes if given else None)
         self.inspections = list({unit.inspection.dataset_id: unit.inspection for unit in units}.values())
@@ -143,11 +169,28 @@ class _Run:
             if taken:
                 raise UserError(f"{store.uri}: dataset {sorted(taken)[0]!r} is already in this corpus")
 
-    def publish(self, plan_name: str) -> Report:
+    @property
+    def plan_name(self) -> str:
+        """Name of what this run makes; it changes when a source is set aside."""
+        genes = self.given.genes.hash if self.given else None
+        return plan_hash(self.units, self.settings, genes, self.frozen.plan if self.frozen else None)
+
+    def published(self) -> Report | None:
+        """Report of the manifest that holds this run already."""
+        for number in Manifest.numbers(self.store):
+            if Manifest.read(self.store, number).plan == self.plan_name:
+                return Report.model_validate_json(self.store.read_bytes(f"reports/{number:06d}.json"))
+        return None
+
+    def publish(self) -> Report:
         """Run all stages; the manifest last."""
-        number = max([0, *Manifest.numbers(self.store)]) + 1
         self._extract()
         bounds, shares = self._survey()
+        if self.problems.quarantined:
+            report = self.published()
+            if report is not None:
+                return report
+        number = max([0, *Manifest.numbers(self.store)]) + 1
         earlier = (self.frozen, self.given.genes) if self.frozen and self.given else None
         rules = self.settings.quality_control
         selections, searches = select(
@@ -168,6 +211,7 @@ class _Run:
             histograms,
             searches,
         )
+        report = report.model_copy(update={"quarantined": self._missing()})
         record_run(
             self.store,
             "ingest run",
@@ -180,13 +224,29 @@ class _Run:
             raise RunError(f"{self.store.uri}/{report.path}: another run is publishing here; run again")
         Manifest(
             number=number,
-            plan=plan_name,
+            plan=self.plan_name,
             genes=vocabulary.path,
             genes_hash=vocabulary.hash,
             obs_columns=obs_names(self.settings.extra_obs),
             units=[*(self.frozen.units if self.frozen else []), *units],
+            quarantined=report.quarantined,
         ).publish(self.store)
         return report
+
+    def _missing(self) -> dict[str, str]:
+        """Datasets that could not be read, by this run or by earlier ones of this corpus, and are not in it."""
+        earlier = self.frozen.quarantined if self.frozen else {}
+        there = {found.dataset_id for found in self.inspections}
+        return {name: why for name, why in earlier.items() if name not in there} | self.problems.quarantined
+
+    def _set_aside(self, errors: Mapping[str, UserError | SourceDiedError]) -> None:
+        """Take datasets out of the run, or end it; part of a dataset would look like all of it."""
+        for dataset_id, error in errors.items():
+            self.problems.add(dataset_id, error)
+        bad = self.problems.quarantined
+        self.inspections = [found for found in self.inspections if found.dataset_id not in bad]
+        self.problems.settle(left=len(self.inspections))
+        self.units = [unit for unit in self.units if unit.inspection.dataset_id not in bad]
 
     def _map(
         self,
@@ -199,12 +259,12 @@ class _Run:
         tasks = self.units if tasks is None else tasks
         results: dict[int, Result] = {}
         done = 0
-        problems: dict[int, UserError] = {}
+        errors: dict[int, UserError | SourceDiedError] = {}
         sizes = [_num_cells(task) for task in tasks]
         progress = Progress(stage, len(tasks), sum(sizes))
         for position, facts, arrays in map_tasks(tasks, work):
-            if isinstance(facts, UserError):
-                problems[position] = facts
+            if isinstance(facts, UserError) or isinstance(facts, SourceDiedError):  # noqa: SIM101 - mypy narrows only so
+                errors[position] = facts
             elif consume is not None:
                 consume(position, (facts, arrays))
             else:
@@ -212,17 +272,25 @@ class _Run:
             done += 1
             progress.add(sizes[position])
         progress.done()
-        _raise_all(problems)
         if done != len(tasks):
             raise RunError(f"{stage}: {len(tasks) - done} tasks gave no result; run again")
+        if errors and tasks is not self.units:
+            raise errors[min(errors)]
+        if errors:
+            # The first error of a dataset tells most: it is put in last.
+            positions = sorted(errors, reverse=True)
+            self._set_aside({self.units[position].inspection.dataset_id: errors[position] for position in positions})
         return results
 
     def _extract(self) -> None:
-        store, extra, names, rules = self.store, self.settings.extra_obs, self.names, self.settings.quality_control
+        store, names, limits = self.store, self.names, self.limits
+        extra, rules = self.settings.extra_obs, self.settings.quality_control
 
         def work(unit: WorkUnit) -> Result:
-            stages.extract(unit, store, names.genes, names.mapper(), extra, rules)
-            return {}, {}
+            if store.exists(unit.cells):
+                return {}, {}
+            uri = unit.inspection.source.uri
+            return read_safely(limits, uri, extract_unit, unit, store, names, extra, rules), {}
 
         self._map("extract", work)
 
@@ -236,18 +304,23 @@ class _Run:
 
         sums: dict[str, Sums] = defaultdict(Sums)
         counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+        units = self.units
         for position, (facts, _) in self._map("survey", work).items():
-            name = self.units[position].inspection.dataset_id
+            name = units[position].inspection.dataset_id
             sums[name] += Sums.model_validate(facts["sums"])
             counts[name] = [a + b for a, b in zip(counts[name], facts["counts"], strict=True)]
         least = self.settings.mapping.min_count_coverage
         shares = {name: CountShares.of(*numbers) for name, numbers in counts.items()}
-        for name, share in shares.items():
-            if share.mapped < least:
-                raise UserError(
-                    f"dataset {name}: only {share.mapped:.1%} of its counts fall on mapped genes (least: "
-                    f"mapping.min_count_coverage = {least:.0%}); check mapping.species, or give mapping.aliases"
-                )
+        poor = {
+            name: UserError(
+                f"dataset {name}: only {share.mapped:.1%} of its counts fall on mapped genes (least: "
+                f"mapping.min_count_coverage = {least:.0%}); check mapping.species, or give mapping.aliases"
+            )
+            for name, share in shares.items()
+            if share.mapped < least
+        }
+        if poor:
+            self._set_aside(poor)
         return {name: Bounds.of(total, self.settings.quality_control) for name, total in sums.items()}, shares
 
     def _build_vocabulary(self, selections: list[Selection]) -> GeneTable:
@@ -286,10 +359,3 @@ def _num_cells(task: Any) -> int:
     if isinstance(task, WorkUnit | Unit):
         return task.stop - task.start
     return sum(_num_cells(part) for part in task) if isinstance(task, list | tuple) else 0
-
-
-def _raise_all(problems: dict[int, UserError]) -> None:
-    if problems:
-        texts = [str(problems[position]) for position in sorted(problems)]
-        more = len(texts) - _ERRORS_SHOWN
-        raise UserError("; ".join(texts[:_ERRORS_SHOWN]) + (f"; and {more} more" if more > 0 else ""))

@@ -15,7 +15,7 @@ from corpus.species import SPECIES
 from corpus.store import match_uris
 from ingest.formats import Features
 from ingest.mapping import GeneMapper, read_aliases
-from ingest.open import fingerprint, open_source
+from ingest.open import fingerprint, open_source, version
 from ingest.readers.detect import dataset_name, guess_format
 from ingest.settings import IngestSettings, Mapping, Source
 
@@ -40,6 +40,7 @@ class Inspection(Record):
     source: Source
     dataset_id: str
     sha256: str
+    version: str
     size_bytes: int
     num_cells: int
     num_entries: int
@@ -164,6 +165,7 @@ def inspect(source: Source, mapper: GeneMapper, settings: Mapping) -> Inspection
     if source.species not in {None, settings.species}:
         raise UserError(f"{source.uri}: its species is {source.species}, that of this corpus {settings.species}")
     source = source.model_copy(update={"species": settings.species})
+    seen = version(source)
     sha256, size_bytes = fingerprint(source)
     if source.sha256 is not None and sha256 != source.sha256.lower():
         raise UserError(f"{source.uri}: SHA-256 is {sha256}, expected {source.sha256}")
@@ -193,6 +195,7 @@ def inspect(source: Source, mapper: GeneMapper, settings: Mapping) -> Inspection
             source=source,
             dataset_id=source.dataset_id or "",
             sha256=sha256,
+            version=seen,
             size_bytes=size_bytes,
             num_cells=matrix.num_cells,
             num_entries=matrix.num_entries,

@@ -13,15 +13,22 @@ class Progress:
     stage
         Name of the stage.
     num_units, num_cells
-        All there is to do.
+        All there is to do; `num_cells` in whatever `what` names.
     every_s
         Seconds between lines.
     """
 
     def __init__(
-        self, stage: str, num_units: int, num_cells: int, every_s: float = 5.0, stream: TextIO | None = None
+        self,
+        stage: str,
+        num_units: int,
+        num_cells: int,
+        every_s: float = 5.0,
+        stream: TextIO | None = None,
+        what: str = "cells",
     ) -> None:
         self._stage, self._num_units, self._num_cells = stage, num_units, num_cells
+        self._what = what
         self._every_s, self._stream = every_s, stream or sys.stderr
         self._units = self._cells = 0
         self._start = self._last = time.monotonic()
@@ -42,7 +49,9 @@ class Progress:
     def _print(self, now: float) -> None:
         seconds = max(now - self._start, 1e-9)
         left = seconds * (self._num_cells - self._cells) / self._cells if self._cells else float("nan")
-        text = f"{self._stage:<9} {self._units}/{self._num_units} units, {self._cells:,} cells, "
-        text += f"{self._cells / seconds:,.0f} cells/s"
+        units = "" if self._num_units == self._num_cells else f"{self._units:,}/{self._num_units:,} units, "
+        text = f"{self._stage:<9} {units}{self._cells:,}/{self._num_cells:,} {self._what}, "
+        rate = self._cells / seconds
+        text += f"{rate:,.0f} {self._what}/s" if rate >= 10 else f"{rate:.1f} {self._what}/s"
         text += f", {left:,.0f} s left" if self._units < self._num_units else f", {seconds:.1f} s"
         print(text, file=self._stream, flush=True)

@@ -79,6 +79,7 @@ class Report(Record):
     num_tokens: int
     datasets: dict[str, DatasetReport]
     vocabulary: VocabularyReport | None = None
+    quarantined: dict[str, str] = {}
     histogram_edges: dict[str, list[float]] = {}
 
     @property
@@ -105,13 +106,14 @@ class Report(Record):
             )
             if mapping.any_case:
                 pairs = ", ".join(f"{name} -> {gene}" for name, gene in list(mapping.any_case.items())[:5])
-                text.append(f"  matched whatever their case, {len(mapping.any_case):,} names: {pairs}, ...")
+                text.append(f"  matched whatever their case: {len(mapping.any_case):,} names, such as {pairs}")
         if self.vocabulary is not None and self.vocabulary.origin != OWN:
             lost = len(self.vocabulary.without_median), len(self.vocabulary.without_token)
             text.append(
                 f"vocabulary: {self.vocabulary.origin} ({self.vocabulary.hash}); "
                 f"{lost[0]:,} genes without a median and {lost[1]:,} without a token are left out"
             )
+        text += [f"NOT in the corpus: {name}: {why}" for name, why in self.quarantined.items()]
         text.append(f"corpus: {self.num_cells:,} cells, {self.num_genes:,} genes, {self.num_tokens:,} tokens")
         return text
 

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import ingest.stages  # noqa: F401 - imported before memory is limited, and before the first task is timed
+import ingest.tasks  # noqa: F401 - imported before memory is limited, and before the first task is timed
 from corpus.errors import RunError, UserError
 from ingest.limits import GB, Limits, activate
 

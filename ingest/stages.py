@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+import scipy.sparse as sp
 
 from corpus.errors import RunError, UserError
 from corpus.genes import GeneTable
@@ -24,7 +25,7 @@ from ingest.digests import unit_digests
 from ingest.formats import CountMatrix, require_counts
 from ingest.histograms import EDGES, Histograms
 from ingest.mapping import GeneMapper
-from ingest.open import open_source
+from ingest.open import fingerprint, open_source, version
 from ingest.plan import WorkUnit
 from ingest.quality import Selection, Sums, source_rules
 from ingest.settings import QualityControl
@@ -51,9 +52,11 @@ def extract(
     if store.exists(unit.cells):
         return
     source = unit.inspection.source
+    _require_unchanged(unit)
     matrix = open_source(source, unit.inspection.sha256)
     try:
         block = matrix.rows(unit.start, unit.stop)
+        _require_sound(block, unit, len(matrix.features.names))
         barcodes = matrix.barcodes(unit.start, unit.stop)
 
         def describe(entry: int) -> str:
@@ -66,7 +69,27 @@ def extract(
         dropped = _source_rules(matrix, unit, rules)
     finally:
         matrix.close()
+    _require_unchanged(unit)
     store.create(unit.cells, _cells_file(unit, barcodes, labels, dropped, counts, genes))
+
+
+def _require_unchanged(unit: WorkUnit) -> None:
+    """Refuse a source that is no longer what was inspected; it is hashed again only if it looks touched."""
+    found = unit.inspection
+    if version(found.source) != found.version and fingerprint(found.source)[0] != found.sha256:
+        raise UserError(f"{found.source.uri}: was changed while it was ingested; run again once it is complete")
+
+
+def _require_sound(block: sp.csr_matrix, unit: WorkUnit, num_features: int) -> None:
+    """Refuse index pointers and indices that lead out of the block: what follows runs without bounds checks."""
+    pointers, entries = block.indptr, len(block.data)
+    where = f"{unit.inspection.source.uri}: rows {unit.start} to {unit.stop}"
+    if block.shape != (unit.stop - unit.start, num_features) or len(pointers) != block.shape[0] + 1:
+        raise UserError(f"{where}: expected {unit.stop - unit.start} x {num_features} values, found {block.shape}")
+    if pointers[0] != 0 or pointers[-1] != entries or len(block.indices) != entries or (np.diff(pointers) < 0).any():
+        raise UserError(f"{where}: broken index pointers")
+    if entries and (block.indices.min() < 0 or block.indices.max() >= num_features):
+        raise UserError(f"{where}: an entry lies outside the {num_features} columns")
 
 
 def _labels(matrix: CountMatrix, unit: WorkUnit, extra_obs: Sequence[str]) -> dict[str, Sequence[str | None]]:

@@ -46,6 +46,10 @@ class SourceFiles:
             return self.store.sha256(self.names[0])
         return digest_json({name: self.store.sha256(name) for name in sorted(self.names)})
 
+    def version(self) -> str:
+        """What changes when one of the files is touched."""
+        return digest_json({name: self.store.version(name) for name in sorted(self.names)})
+
     def size_bytes(self) -> int:
         """Bytes of all files together, as stored."""
         return sum(self.store.size(name) for name in self.names)

@@ -77,7 +77,7 @@ def _check_dataset(dataset: h5py.Dataset, where: str, limits: Limits) -> None:
         raise UserError(f"{where} keeps its data in another file ({created.get_external(0)[0]!r}); it is not read")
     if created.get_layout() == h5py.h5d.VIRTUAL:
         raise UserError(f"{where} is a virtual dataset, put together from other files; it is not read")
-    shape = dataset.shape or ()
+    shape: tuple[int, ...] = dataset.shape or ()
     declared = math.prod(shape) * dataset.dtype.itemsize
     if declared > limits.max_dataset_gb * GB:
         raise UserError(
@@ -90,7 +90,8 @@ def _check_dataset(dataset: h5py.Dataset, where: str, limits: Limits) -> None:
             f"{where} declares {declared / GB:,.0f} GB, but the file stores {stored:,} bytes for it; "
             f"limits.max_expansion is {limits.max_expansion:,.0f}"
         )
-    if len(shape) == 2 and (shape[0] > limits.max_cells or shape[1] > limits.max_features):
+    most = (limits.max_cells, limits.max_features)
+    if len(shape) == 2 and any(size > limit for size, limit in zip(shape, most, strict=True)):
         raise UserError(
             f"{where} has {shape[0]:,} rows and {shape[1]:,} columns; limits.max_cells is {limits.max_cells:,}, "
             f"limits.max_features is {limits.max_features:,}"
