@@ -89,6 +89,21 @@ def _alias_table(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return accept, other
 
 
+def draw_cells(
+    shares: np.ndarray, num_cells: int, *, umis: float = 1500.0, sigma: float = 0.7, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sparse rows in memory: indptr int64[cells + 1], genes int32 (ascending within a cell), counts float32."""
+    rng = np.random.default_rng(seed)
+    tables = [_alias_table(row) for row in shares]
+    depth = draw_umis(rng, num_cells, umis, sigma)
+    indptr = np.zeros(num_cells + 1, np.int64)
+    genes, counts = np.empty(depth.sum(), np.int32), np.empty(depth.sum(), np.float32)
+    types = rng.integers(0, len(shares), num_cells)
+    accept, other = np.stack([t[0] for t in tables]), np.stack([t[1] for t in tables])
+    _draw(accept, other, types, depth, seed, indptr, genes, counts)
+    return indptr, genes[: indptr[-1]].copy(), counts[: indptr[-1]].copy()
+
+
 def write_h5ad(
     path: Path,
     num_cells: int,

@@ -43,12 +43,13 @@ def ranked_table(
 def shard_bytes(table: pa.Table) -> bytes:
     """Encode a shard as Parquet.
 
-    Tokens hardly repeat inside a page and get byte-stream split, which moves the two empty bytes of Parquet's 32-bit
-    physical type where zstd removes them; counts repeat a lot and get a dictionary (benchmarks/parquet_encoding.py).
+    Tokens and counts get byte-stream split: it gathers the bytes that are always zero (two of a token in Parquet's
+    32-bit physical type, nearly all upper ones of a count), and zstd removes them. A quarter faster to write than a
+    dictionary of counts, and smaller (benchmarks/parquet_encoding.py).
     """
     sink = pa.BufferOutputStream()
     leaf = {"tokens": "tokens.list.element", "counts": "counts.list.element"}
-    dictionary = [name for name in table.column_names if name not in leaf and name != "cell_id"] + [leaf["counts"]]
+    dictionary = [name for name in table.column_names if name not in leaf and name != "cell_id"]
     pq.write_table(
         table,
         sink,
@@ -56,7 +57,7 @@ def shard_bytes(table: pa.Table) -> bytes:
         compression="zstd",
         compression_level=1,
         use_dictionary=dictionary,
-        use_byte_stream_split=[leaf["tokens"]],
+        use_byte_stream_split=list(leaf.values()),
         write_statistics=[name for name in table.column_names if name not in leaf],
         store_schema=True,
     )

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import scipy.sparse as sp
 
-from ingest.h5_chunks import read_range
+from ingest.readers.h5_chunks import read_range
 from ingest.readers.h5_safety import check_tree
 
 

@@ -8,7 +8,6 @@ from typing import BinaryIO
 
 import h5py
 import numpy as np
-import scipy.sparse as sp
 
 try:
     from isal import isal_zlib as zlib
@@ -46,24 +45,6 @@ def read_range(dataset: h5py.Dataset, stream: BinaryIO, start: int, stop: int) -
         low, high = max(start, first), min(stop, first + size)
         out[low - start : high - start] = values[low - first : high - first]
     return out
-
-
-def read_csr(group: h5py.Group, stream: BinaryIO, start: int, stop: int) -> sp.csr_matrix:
-    """Read the rows `start:stop` of a matrix stored as anndata's `csr_matrix`, touching nothing else of the file.
-
-    Raises
-    ------
-    OSError, ValueError
-        As `read_range`; also if the index pointers run backwards or beyond the entries.
-    """
-    pointers = group["indptr"][start : stop + 1].astype(np.int64)
-    data, indices = group["data"], group["indices"]
-    inside = pointers[0] >= 0 and pointers[-1] <= min(data.shape[0], indices.shape[0])
-    if len(pointers) != stop - start + 1 or not inside or (np.diff(pointers) < 0).any():
-        raise ValueError(f"{group.name}: broken index pointers")
-    first, last = int(pointers[0]), int(pointers[-1])
-    parts = (read_range(data, stream, first, last), read_range(indices, stream, first, last), pointers - first)
-    return sp.csr_matrix(parts, shape=(stop - start, int(group.attrs["shape"][1])))
 
 
 def _filters(dataset: h5py.Dataset) -> list[int] | None:
