@@ -113,7 +113,12 @@ def _cell_sums(indptr, genes, counts, wanted, sums):  # type: ignore[no-untyped-
 
 
 def select(
-    cells: np.ndarray, indptr: np.ndarray, genes: np.ndarray, counts: np.ndarray, token_of_row: np.ndarray
+    cells: np.ndarray,
+    indptr: np.ndarray,
+    genes: np.ndarray,
+    counts: np.ndarray,
+    token_of_row: np.ndarray,
+    dtype: type[np.unsignedinteger] = np.uint16,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Take some cells' entries that have a token.
 
@@ -125,14 +130,16 @@ def select(
         As in `GeneCounts`.
     token_of_row
         int32[genes]: token of each row of the gene table, -1 for none.
+    dtype
+        Type of the tokens returned.
 
     Returns
     -------
-    int64[n] number of entries of each cell, then their tokens (uint16) and counts (uint32), end to end.
+    int64[n] number of entries of each cell, then their tokens and counts (uint32), end to end.
     """
     lengths = np.zeros(len(cells), np.int64)
     room = int((indptr[cells + 1] - indptr[cells]).sum())
-    tokens, numbers = np.empty(room, np.uint16), np.empty(room, np.uint32)
+    tokens, numbers = np.empty(room, dtype), np.empty(room, np.uint32)
     end = _select(cells, indptr, genes, counts, token_of_row, lengths, tokens, numbers)
     return lengths, tokens[:end], numbers[:end]
 

@@ -36,7 +36,7 @@ def cell_keys(indptr: np.ndarray, genes: np.ndarray, counts: np.ndarray, keys: n
     -------
     uint64[cells, 2]
     """
-    return _sum_mixes(indptr, genes.astype(np.int64), counts.astype(np.uint64), keys)
+    return _sum_mixes(indptr, genes, counts, keys)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -46,7 +46,7 @@ def _sum_mixes(indptr, genes, counts, keys):  # type: ignore[no-untyped-def]
     for cell in range(len(indptr) - 1):
         for i in range(indptr[cell], indptr[cell + 1]):
             for lane in range(2):
-                x = keys[genes[i], lane] + counts[i] * _GOLDEN
+                x = keys[genes[i], lane] + np.uint64(counts[i]) * _GOLDEN
                 x = (x ^ (x >> np.uint64(30))) * _MIX_1
                 x = (x ^ (x >> np.uint64(27))) * _MIX_2
                 sums[cell, lane] += x ^ (x >> np.uint64(31))

@@ -12,6 +12,7 @@ from corpus.errors import UserError
 from corpus.manifest import Unit
 from corpus.store import Store
 from ingest.doublets import DoubletSearch, find_doublets
+from ingest.collapse import select
 from ingest.duplicates import cell_keys
 from ingest.plan import WorkUnit
 from ingest.quality import Selection
@@ -97,11 +98,10 @@ def unit_keys(
     """
     cells = read_cells(unit, store, [*MEASURES, "genes", "counts"])
     rows = np.flatnonzero(selection.reasons(pl.DataFrame(cells.select(MEASURES))).is_null().to_numpy())
-    indptr, genes, counts = entries(cells.take(rows))
-    inside = wanted[genes]
-    ends = np.concatenate([[0], np.cumsum(inside)])[indptr]
-    enough = np.diff(ends) >= min_genes
-    return rows[enough], cell_keys(ends, genes[inside], counts[inside], keys)[enough]
+    row_of = np.where(wanted, np.arange(len(wanted)), -1).astype(np.int32)
+    lengths, genes, counts = select(rows, *entries(cells), row_of, np.uint32)
+    enough = lengths >= min_genes
+    return rows[enough], cell_keys(np.concatenate([[0], np.cumsum(lengths)]), genes, counts, keys)[enough]
 
 
 def shard_keys(unit: Unit, store: Store, keys_by_token: np.ndarray, min_genes: int) -> np.ndarray:
