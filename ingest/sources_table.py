@@ -56,7 +56,7 @@ def _source(row: dict[Any, Any], where: str) -> Source:
         if not value.strip():
             continue
         name, dot, key = column.strip().partition(".")
-        if (name in _GROUPS) != bool(dot):
+        if name not in Source.model_fields or (name in _GROUPS) != bool(dot):
             hint = f"expected {name}.<name>" if name in _GROUPS else "unknown column"
             raise UserError(f"{where}: column {column!r}: {hint}; known are {', '.join(Source.model_fields)}")
         if not dot:
