@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from corpus.errors import UserError
-from ingest.formats import Features
+from ingest.formats import GENE_EXPRESSION, OTHER_SPECIES, Features
 
 # Old annotations write the copy on the Y chromosome of a pseudoautosomal gene as ENSGR and ten digits.
 _ENSEMBL = re.compile(r"^(ENS[A-Z]*G(?:\d{11}|R\d{10}))(\.\d+)?$", re.IGNORECASE)
@@ -69,8 +69,11 @@ class GeneMapper:
     """Maps names to rows of a gene table.
 
     The steps, in order: an Ensembl id in any case, with or without version; a longer name that holds one
-    (`Xkr4_ENSMUSG00000051951.5`); a current symbol; an alias; a symbol in any case. A name that several genes share
-    means the only one among them that is in `preferred`, or else the only protein-coding one, or else none.
+    (`Xkr4_ENSMUSG00000051951.5`); a current symbol; an alias; a symbol, then an alias, in any case. A name that several
+    genes share means the only one among them that is in `preferred`, or else the only protein-coding one, or else none.
+
+    In a source most of whose symbols are in another case (upper-cased mouse genes), symbols in any case come before
+    aliases: there `AGT` is Agt, although it is also an old name of another gene.
 
     Parameters
     ----------
@@ -79,7 +82,7 @@ class GeneMapper:
     aliases
         Lower-priority names: columns `alias`, `ensembl_id`; an alias may be a retired Ensembl id.
     case_insensitive
-        Whether to match what is left by symbol in any case.
+        Whether to match what is left in any case.
     species
         `mouse` and `human` know which assembly prefixes (`mm10_`, `GRCh38_`) are their own.
     preferred
@@ -113,6 +116,8 @@ class GeneMapper:
         if case_insensitive:
             lowered = (symbol.lower() for symbol in genes["symbol"])
             self._by_lower = _unambiguous(zip(lowered, range(len(genes)), strict=True), ranks)
+            aliases_lowered = ((alias.lower(), row) for alias, row in self._by_alias.items() if row >= 0)
+            self._by_lower = _unambiguous(aliases_lowered, ranks) | self._by_lower
 
     def map(self, features: Features) -> GeneMap:
         """Map every feature of a source."""
@@ -120,9 +125,11 @@ class GeneMapper:
         steps: Counter[str] = Counter()
         unmapped: list[str] = []
         any_case: dict[str, str] = {}
+        exact = sum(name in self._by_symbol for name in features.names)
+        other_case = sum(name.lower() in self._by_lower for name in features.names) > 2 * exact
         for i, name in enumerate(features.names):
-            kind = "Gene Expression" if features.kinds is None else features.kinds[i]
-            row, step = self._find(name, kind)
+            kind = GENE_EXPRESSION if features.kinds is None else features.kinds[i]
+            row, step = self._find(name, kind, other_case)
             rows[i] = row
             steps[step] += 1
             if step in {"unmapped", "ambiguous"} and len(unmapped) < _EXAMPLES:
@@ -137,8 +144,10 @@ class GeneMapper:
         duplicates = int((number - 1).sum())
         return GeneMap(rows, dict(sorted(steps.items())), duplicates, collisions, unmapped, any_case)
 
-    def _find(self, name: str, kind: str) -> tuple[int, str]:
-        if kind != "Gene Expression":
+    def _find(self, name: str, kind: str, other_case: bool) -> tuple[int, str]:
+        if kind == OTHER_SPECIES:
+            return -2, "other_species"
+        if kind != GENE_EXPRESSION:
             return -2, "not_gene_expression"
         name = name.strip()
         prefix = _PREFIX.match(name)
@@ -159,11 +168,8 @@ class GeneMapper:
         match = _ENSEMBL.match(name)
         name = match[1].upper() if match else name  # a retired id may be an alias
         ambiguous = False
-        for step, table, key in (
-            ("symbol", self._by_symbol, name),
-            ("alias", self._by_alias, name),
-            ("any_case", self._by_lower, name.lower()),
-        ):
+        last = [("alias", self._by_alias, name), ("any_case", self._by_lower, name.lower())]
+        for step, table, key in [("symbol", self._by_symbol, name), *(reversed(last) if other_case else last)]:
             row = table.get(key, -1)
             if row >= 0:
                 return row, step

@@ -128,7 +128,8 @@ def _without_duplicates(
     ends = np.cumsum([0, *(len(arrays["rows"]) for arrays in own)])
     selected = []
     for selection, arrays, first, last in zip(selections, own, ends[:-1], ends[1:], strict=True):
-        rows = arrays["rows"][copies[(copies >= first) & (copies < last)] - first]
+        own_copies = copies[np.searchsorted(copies, first) : np.searchsorted(copies, last)]
+        rows = arrays["rows"][own_copies - first]
         selected.append(_with_drops(selection, "duplicate_of_another_cell", rows))
     return selected
 

@@ -56,6 +56,14 @@ def test_any_case_is_asked_for_and_told() -> None:
     assert found.steps == {"ambiguous": 1, "any_case": 3, "symbol": 1}
 
 
+def test_in_an_upper_cased_source_symbols_in_any_case_come_before_aliases() -> None:
+    # "MT-ND1" is also an old name of another gene, "OLD" one of no other.
+    table = pl.DataFrame({"alias": ["MT-ND1", "Old"], "ensembl_id": [IDS[0], IDS[6]]})
+    mapper = GeneMapper(GENES, table, case_insensitive=True)
+    assert mapper.map(Features(["APOE", "TWIN", "MT-ND1", "OLD"])).rows.tolist() == [0, 2, 5, 6]
+    assert mapper.map(Features(["Apoe", "Twin", "MT-ND1", "OLD"])).rows.tolist() == [0, 2, 0, 6]
+
+
 def test_aliases_come_after_symbols_and_reach_retired_ids() -> None:
     table = pl.DataFrame(
         {
