@@ -121,6 +121,8 @@ class ReadoutSettings(Settings):
     """Hidden layer: last (as published), second_to_last, or layer_1, layer_2, ..."""
     embedding: Literal["mean", "cls"] = "mean"
     """mean: over the unperturbed genes, the same before and after; cls: the <cls> token, where the model has it."""
+    probabilities: bool = False
+    """Of a classifier, also the change of each class's probability; needs layer = "last"."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the encoder. Pooling and cosines are always in higher precision."""
 
@@ -168,6 +170,13 @@ class ScanSettings(Settings):
 class StatsSettings(Settings):
     """Statistics of a scan."""
 
+    mode: Literal["goal_state_shift", "vs_null", "mixture_model"] = "goal_state_shift"
+    """goal_state_shift: each gene (or set) towards each state; vs_null: against its shifts in the scan `null_shifts`;
+    mixture_model: genes with and without impact, by their similarity."""
+    null_shifts: str | None = None
+    """vs_null: folder of the other scan, of the same model."""
+    compare: str | None = None
+    """goal_state_shift: folder of another scan (another model's, say); their agreement goes into summary.json."""
     min_cells: int = Field(10, ge=1)
     """Genes perturbed in fewer cells are listed without a test."""
     min_donors: int = Field(3, ge=2)
@@ -180,4 +189,12 @@ class StatsSettings(Settings):
     fdr: float = Field(0.05, gt=0, lt=1)
     """False discovery rate below which a gene is called significant in pictures and in the summary."""
     top: int = Field(20, ge=1)
-    """Genes labelled in the pictures."""
+    """Genes named in the summary and in the pictures."""
+
+    @model_validator(mode="after")
+    def _fits_mode(self) -> Self:
+        if (self.mode == "vs_null") == (self.null_shifts is None):
+            raise ValueError('null_shifts is needed by mode = "vs_null", and by no other mode')
+        if self.compare is not None and self.mode != "goal_state_shift":
+            raise ValueError('compare belongs to mode = "goal_state_shift"')
+        return self

@@ -193,6 +193,7 @@ def _manifest(scan: Scan, records: list[UnitRecord]) -> ScanManifest:
         joint=scan.job.joint,
         states=scan.job.states,
         state_cells={state: len(cells) for state, cells in scan.selection.state_cells.items()},
+        labels=scan.job.labels,
         columns=scan.job.columns,
         num_cells=len(scan.selection.cells),
         rows=sum(record.rows for record in records),

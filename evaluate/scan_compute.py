@@ -4,6 +4,7 @@ Per cell the original input is run once; each perturbation is one sequence, buil
 up to the wanted layer and pooled there. Only one number per perturbation and state leaves the device.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from corpus.errors import RunError
 from corpus.reader import Cells
 from corpus.schema import CLS, EOS
 from evaluate.perturb import Edits, Sequences, build_sequences
-from train.model import Encoder
+from train.model import Classifier, Encoder
 from train.packing import Packed, SpecialTokens, gene_limit, pack
 from train.pooling import first_pool, mean_pool
 
@@ -39,10 +40,13 @@ class Measured:
         float64[rows]: cosine between the perturbed and the original cell embedding.
     shifts
         float64[rows, states]: cosine to each state's centroid, after minus before.
+    probabilities
+        float64[rows, classes]: probability of each class, after minus before; no classes without a classifier.
     """
 
     similarity: np.ndarray
     shifts: np.ndarray
+    probabilities: np.ndarray
 
 
 class Scanner:
@@ -58,6 +62,8 @@ class Scanner:
         Layers to run.
     embedding
         "mean" over genes, or "cls".
+    classifier
+        Whose probabilities are read out; `encoder` is its own, and `num_layers` all of its layers.
     precision
         "float32", "bfloat16" or "float16" for the encoder.
     token_budget
@@ -72,12 +78,14 @@ class Scanner:
         special_tokens: SpecialTokens,
         num_layers: int,
         embedding: str = "mean",
+        classifier: Classifier | None = None,
         precision: str = "float32",
         token_budget: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.device = torch.device(device)
         self.encoder = encoder.to(self.device).eval()
+        self.classifier = None if classifier is None else classifier.to(self.device).eval()
         self.max_length, self.special_tokens = max_length, special_tokens
         self.num_layers, self.embedding, self.precision = num_layers, embedding, precision
         self.token_budget = token_budget or _BUDGETS.get(self.device.type, _BUDGETS["cpu"])
@@ -121,20 +129,21 @@ class Scanner:
         target = torch.from_numpy(centroids).to(self.device)
         cells_with_edits = np.flatnonzero([len(edit) > 0 for edit in edits])
         if not len(cells_with_edits):
-            return Measured(np.zeros(0), np.zeros((0, len(centroids))))
+            return Measured(np.zeros(0), np.zeros((0, len(centroids))), np.zeros((0, self.num_classes)))
         cells, edits = cells.take(cells_with_edits), [edits[cell] for cell in cells_with_edits]
 
         def scan_group(group: np.ndarray) -> Measured:
             return self._scan_group(cells.take(group), [edits[cell] for cell in group], target)
 
         parts = list(self._batches(np.minimum(cells.lengths, self.max_genes), scan_group))
-        return Measured(np.concatenate([p.similarity for p in parts]), np.concatenate([p.shifts for p in parts]))
+        return Measured(*(np.concatenate([getattr(p, name) for p in parts]) for name in Measured.__dataclass_fields__))
 
     def _scan_group(self, cells: Cells, edits: list[Edits], centroids: Tensor) -> Measured:
         originals = self._originals(cells)
         cell_of_row = np.repeat(np.arange(len(cells)), [len(edit) for edit in edits])
         joined = Edits.concatenate(edits)
-        similarity, shifts = np.ones(len(joined)), np.zeros((len(joined), len(centroids)))
+        values = np.zeros((len(joined), 1 + len(centroids) + self.num_classes))
+        values[:, 0] = 1
         # Rows of one length make rectangles, which attention runs without masks.
         todo = np.flatnonzero(~joined.no_op)
         todo = todo[np.argsort(-joined.lengths[todo], kind="stable")]
@@ -143,12 +152,11 @@ class Scanner:
             return self._measure(originals, joined.take(todo[rows]), cell_of_row[todo[rows]], centroids)
 
         done = 0
-        for values in self._batches(joined.lengths[todo], measure):
-            rows = todo[done : done + len(values)]
-            found = values.cpu().numpy()
-            similarity[rows], shifts[rows] = found[:, 0], found[:, 1:]
-            done += len(values)
-        return Measured(similarity, shifts)
+        for found in self._batches(joined.lengths[todo], measure):
+            values[todo[done : done + len(found)]] = found.cpu().numpy()
+            done += len(found)
+        similarity, shifts, probabilities = np.split(values, [1, 1 + len(centroids)], axis=1)
+        return Measured(similarity[:, 0], shifts, probabilities)
 
     def _originals(self, cells: Cells) -> "_Originals":
         packed = pack(cells, self.max_length, self.special_tokens).to(self.device)
@@ -163,10 +171,11 @@ class Scanner:
             starts=lengths.cumsum(0) - lengths,
             sums=torch.nn.functional.pad(genes.cumsum(0), (0, 0, 1, 0)),
             first=first_pool(hidden, packed).double(),
+            probabilities=self._probabilities(hidden, packed),
         )
 
     def _measure(self, originals: "_Originals", edits: Edits, cells: np.ndarray, centroids: Tensor) -> Tensor:
-        """float64[rows, 1 + states]: similarity, then shifts."""
+        """float64[rows, 1 + states + classes]: similarity, shifts, changes of probabilities."""
         cell, removed, targets, inserted, lengths, pooled_end = (
             torch.from_numpy(np.ascontiguousarray(part, dtype=np.int64)).to(self.device, non_blocking=True)
             for part in (cells, edits.removed, edits.targets, edits.inserted, edits.lengths, edits.pooled_end)
@@ -190,7 +199,23 @@ class Scanner:
             after, before = mean_pool(hidden, packed).double(), originals.mean(cell, removed, pooled_end)
         similarity = torch.nn.functional.cosine_similarity(after, before, dim=1)
         shifts = _cosines(after, centroids) - _cosines(before, centroids)
-        return torch.cat([similarity[:, None], shifts], dim=1)
+        # A classifier sees all genes of its input, perturbed ones too.
+        whole = dataclasses.replace(packed, gene_rows=_gene_rows(packed))
+        changes = self._probabilities(hidden, whole) - originals.probabilities[cell]
+        return torch.cat([similarity[:, None], shifts, changes], dim=1)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes whose probabilities are read out."""
+        return 0 if self.classifier is None else self.classifier.classifier.out_features
+
+    def _probabilities(self, hidden: Tensor, packed: Packed) -> Tensor:
+        """float64[cells, classes]."""
+        if self.classifier is None:
+            return torch.zeros(len(packed), 0, dtype=torch.float64, device=self.device)
+        pooled = mean_pool(hidden, packed) if self.classifier.pooling == "mean" else first_pool(hidden, packed)
+        logits = self.classifier.classifier(torch.tanh(self.classifier.bert.pooler["dense"](pooled)))
+        return torch.softmax(logits.double(), dim=1)
 
     def _run(self, packed: Packed) -> Tensor:
         dtype = _DTYPES.get(self.precision)
@@ -232,6 +257,7 @@ class _Originals:
     starts: Tensor  # [C]
     sums: Tensor  # [I + 1, d]
     first: Tensor  # [C, d]
+    probabilities: Tensor  # [C, classes]
 
     def mean(self, cell: Tensor, removed: Tensor, pooled_end: Tensor) -> Tensor:
         """Mean over the genes at places below `pooled_end` that are not in `removed`; float64[rows, d]."""
@@ -241,6 +267,16 @@ class _Originals:
         places = torch.where(inside, start[:, None] + removed, 0)
         total = total - (self.hidden[places] * inside[:, :, None]).sum(dim=1)
         return total / (pooled_end - inside.sum(dim=1))[:, None]
+
+
+def _gene_rows(packed: Packed) -> Tensor:
+    """bool[T]: all but <cls> and <eos>."""
+    rows = torch.ones_like(packed.gene_rows)
+    if packed.special_tokens == "none":
+        return rows
+    rows[packed.offsets[:-1]] = False
+    rows[packed.offsets[1:] - 1] = False
+    return rows
 
 
 def _cosines(vectors: Tensor, centroids: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Scan:
         _check_readout(settings, self.model)
         self.corpus_sha256 = hashlib.sha256(self.corpus.manifest.to_json()).hexdigest()
         columns = label_columns(settings.cells, settings.states)
-        fixed = set(shifts_schema([], [], joint=False).names)
+        fixed = set(shifts_schema([], [], [], joint=False).names)
         if taken := fixed.intersection(columns):
             raise UserError(f"cells.group_by: {', '.join(sorted(taken))} is a column of the shifts table already")
         wanted = dict.fromkeys(["cell_id", "donor_id", *columns, *settings.cells.filters])
@@ -72,6 +72,7 @@ class Scan:
             allowed=allowed,
             columns=columns,
             states=self.settings.states.names if self.settings.states else [],
+            labels=list(self.model.card.label_map or {}) if self.settings.readout.probabilities else [],
         )
 
     def _scan_id(self) -> str:
@@ -110,6 +111,10 @@ class Scan:
 def _check_readout(settings: ScanSettings, model: LoadedModel) -> None:
     if settings.readout.embedding == "cls" and model.card.special_tokens != "cls_eos":
         raise UserError('readout.embedding "cls": the model has no <cls> token; use "mean"')
+    if settings.readout.probabilities and model.card.kind != "classifier":
+        raise UserError("readout.probabilities: the model is no classifier")
+    if settings.readout.probabilities and settings.readout.layer != "last":
+        raise UserError('readout.probabilities: the classes are read from layer "last"')
     try:
         settings.readout.num_layers(model.model.bert.num_layers)
     except ValueError as error:

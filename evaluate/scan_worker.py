@@ -15,6 +15,7 @@ from evaluate.scan_compute import Scanner
 from evaluate.scan_plan import WorkUnit
 from evaluate.shifts import UnitRecord, commit_unit, read_unit_record, shifts_schema, shifts_table, unit_path
 from evaluate.states import state_mean
+from train.model import Classifier
 from train.model_folder import LoadedModel, load_model
 
 
@@ -30,6 +31,8 @@ class Job:
         bool[vocab_size]: genes scanned where there is no list.
     columns
         Label columns of the table besides `donor_id`.
+    labels
+        Classes whose probabilities are read out, in the order of the classifier.
     """
 
     model_uri: str
@@ -44,6 +47,7 @@ class Job:
     allowed: np.ndarray
     columns: list[str]
     states: list[str]
+    labels: list[str]
 
     @cached_property
     def sets(self) -> np.ndarray | None:
@@ -91,7 +95,7 @@ class ScanWorker:
         cells = self._read(unit.cells)
         edits, skipped = self.edits(cells, unit)
         measured = self.scanner.scan(cells, edits, centroids)
-        schema = shifts_schema(self.job.columns, self.job.states, self.job.joint)
+        schema = shifts_schema(self.job.columns, self.job.states, self.job.labels, self.job.joint)
         table = shifts_table(obs, edits, measured, self.corpus.genes, self.job.perturbation.kind, schema)
         return commit_unit(self.out, unit.unit_id, table, skipped)
 
@@ -130,6 +134,7 @@ def make_scanner(model: LoadedModel, readout: ReadoutSettings, token_budget: int
     """Put a loaded model on this process's device."""
     return Scanner(
         model.model.bert,
+        classifier=model.model if readout.probabilities and isinstance(model.model, Classifier) else None,
         max_length=model.card.max_length,
         special_tokens=model.card.special_tokens,
         num_layers=readout.num_layers(model.model.bert.num_layers),

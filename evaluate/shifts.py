@@ -20,6 +20,7 @@ from evaluate.scan_compute import Measured
 
 MANIFEST = "manifest.json"
 SHIFT = "shift_"
+PROBABILITY = "prob_"
 
 
 class UnitRecord(Record):
@@ -55,6 +56,8 @@ class ScanManifest(Record):
         Modelled states in the order start, goal, alternates; `shift_<state>` are their columns.
     state_cells
         Cells of each state's centroid.
+    labels
+        Classes whose change of probability is in `prob_<label>`; empty where it was not asked for.
     columns
         Label columns of the table besides `donor_id`.
     num_cells
@@ -73,6 +76,7 @@ class ScanManifest(Record):
     joint: bool
     states: list[str]
     state_cells: dict[str, int]
+    labels: list[str] = []
     columns: list[str]
     num_cells: int
     rows: int
@@ -112,7 +116,7 @@ def unit_path(unit_id: str) -> str:
     return f"shifts/{unit_id}.parquet"
 
 
-def shifts_schema(columns: list[str], states: list[str], joint: bool) -> pa.Schema:
+def shifts_schema(columns: list[str], states: list[str], labels: list[str], joint: bool) -> pa.Schema:
     """Arrow schema of the table.
 
     Parameters
@@ -121,6 +125,8 @@ def shifts_schema(columns: list[str], states: list[str], joint: bool) -> pa.Sche
         Label columns besides `donor_id`.
     states
         Modelled states.
+    labels
+        Classes whose probabilities are read out.
     joint
         Whether a row can perturb several genes; `ensembl_id`, `symbol` and `rank` are then lists.
 
@@ -128,7 +134,8 @@ def shifts_schema(columns: list[str], states: list[str], joint: bool) -> pa.Sche
     -------
     `rank` is the place of the gene in the model's input before, 0 the top, -1 if it was not in it; `similarity` the
     cosine between the perturbed and the original embedding; `shift_<state>` the cosine to that state's centroid, after
-    minus before; `no_op` marks rows whose perturbed input is the original one.
+    minus before; `prob_<label>` the classifier's probability, after minus before; `no_op` marks rows whose perturbed
+    input is the original one.
     """
 
     def one_or_list(kind: pa.DataType) -> pa.DataType:
@@ -145,6 +152,7 @@ def shifts_schema(columns: list[str], states: list[str], joint: bool) -> pa.Sche
             pa.field("rank", one_or_list(pa.int32()), nullable=False),
             pa.field("similarity", pa.float64(), nullable=False),
             *(pa.field(SHIFT + state, pa.float32(), nullable=False) for state in states),
+            *(pa.field(PROBABILITY + label, pa.float32(), nullable=False) for label in labels),
             pa.field("no_op", pa.bool_(), nullable=False),
         ]
     )
@@ -186,8 +194,9 @@ def shifts_table(
         columns[name] = (
             pa.ListArray.from_arrays(offsets, values) if pa.types.is_list(schema.field(name).type) else values
         )
-    shift_names = [name for name in schema.names if name.startswith(SHIFT) and name not in columns]
-    for name, values in zip(shift_names, measured.shifts.T, strict=True):
+    # What is left are shifts, then probabilities, in the order in which they were measured.
+    left = [name for name in schema.names if name not in columns]
+    for name, values in zip(left, [*measured.shifts.T, *measured.probabilities.T], strict=True):
         columns[name] = pa.array(values.astype(np.float32))
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
@@ -222,7 +231,7 @@ def read_shifts(uri: str) -> tuple[ScanManifest, pl.DataFrame]:
     """
     store = Store(uri)
     manifest = ScanManifest.read(store)
-    schema = shifts_schema(manifest.columns, manifest.states, manifest.joint)
+    schema = shifts_schema(manifest.columns, manifest.states, manifest.labels, manifest.joint)
     tables = [schema.empty_table()]
     for unit in manifest.units:
         data = store.read_bytes(unit.path)

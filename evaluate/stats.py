@@ -125,7 +125,7 @@ def gene_statistics(frame: pl.DataFrame, value: str, settings: StatsSettings) ->
         .otherwise(named).alias("test"),
         pl.when(~few_cells).then(pl.col("p_value")).alias("p_value"),
     )  # fmt: skip
-    genes = genes.with_columns(_benjamini_hochberg(genes["p_value"]).alias("fdr"))
+    genes = genes.with_columns(column("fdr", benjamini_hochberg(genes["p_value"].fill_null(np.nan).to_numpy())))
     return _among_genes(genes, settings).drop("null_error", "value_error")
 
 
@@ -159,9 +159,7 @@ def _pooled(genes: pl.DataFrame, settings: StatsSettings) -> pl.DataFrame:
         against_null = 2 * scipy.stats.norm.sf(np.abs(excess / genes["null_error"].fill_null(np.nan).to_numpy()))
         against_zero = 2 * scipy.stats.t.sf(np.abs(mean / error), np.maximum(n - 1, 1))
     p_value = np.where(has_null, against_null, against_zero)
-    return genes.with_columns(
-        _column("ci_low", mean - half), _column("ci_high", mean + half), _column("p_value", p_value)
-    )
+    return genes.with_columns(column("ci_low", mean - half), column("ci_high", mean + half), column("p_value", p_value))
 
 
 def _donor_level(frame: pl.DataFrame, genes: pl.DataFrame, value: str, settings: StatsSettings) -> pl.DataFrame:
@@ -188,11 +186,11 @@ def _donor_level(frame: pl.DataFrame, genes: pl.DataFrame, value: str, settings:
     half = scipy.stats.t.ppf((1 + settings.confidence) / 2, of_mean.df) * of_mean.error
     return genes.with_columns(
         pl.Series("n_donors", np.isfinite(values).sum(axis=1).astype(np.uint32)),
-        pl.coalesce(_column("mean", of_mean.mean), "mean").alias("mean"),
-        pl.coalesce(_column("excess", of_excess.mean), "excess").alias("excess"),
-        _column("ci_low", of_mean.mean - half),
-        _column("ci_high", of_mean.mean + half),
-        _column("p_value", p_value),
+        pl.coalesce(column("mean", of_mean.mean), "mean").alias("mean"),
+        pl.coalesce(column("excess", of_excess.mean), "excess").alias("excess"),
+        column("ci_low", of_mean.mean - half),
+        column("ci_high", of_mean.mean + half),
+        column("p_value", p_value),
     )
 
 
@@ -212,19 +210,19 @@ def _among_genes(genes: pl.DataFrame, settings: StatsSettings) -> pl.DataFrame:
             # The window holds the gene itself, which is the 1 of (1 + hits).
             p[row] = min(1.0, 2 * min((window >= x[place]).sum(), (window <= x[place]).sum()) / (others + 1))
     return genes.with_columns(
-        _column("p_genes", p), pl.when(np.isfinite(p)).then(others).cast(pl.Int32).alias("null_genes")
+        column("p_genes", p), pl.when(np.isfinite(p)).then(others).cast(pl.Int32).alias("null_genes")
     )
 
 
-def _benjamini_hochberg(p_value: pl.Series) -> pl.Series:
-    p = p_value.fill_null(np.nan).to_numpy()
-    fdr = np.full(len(p), np.nan)
-    known = np.isfinite(p)
+def benjamini_hochberg(p_value: np.ndarray) -> np.ndarray:
+    """False discovery rates (Benjamini and Hochberg 1995) of the p-values that there are; NaN elsewhere."""
+    fdr = np.full(len(p_value), np.nan)
+    known = np.isfinite(p_value)
     if known.any():
-        fdr[known] = scipy.stats.false_discovery_control(p[known], method="bh")
-    return _column("fdr", fdr)
+        fdr[known] = scipy.stats.false_discovery_control(p_value[known], method="bh")
+    return fdr
 
 
-def _column(name: str, values: np.ndarray) -> pl.Series:
+def column(name: str, values: np.ndarray) -> pl.Series:
     """Float column in which "not known" is null, as Parquet and CSV readers expect."""
     return pl.Series(name, values).fill_nan(None)

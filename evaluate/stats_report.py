@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from matplotlib.figure import Figure
 
 from corpus.errors import UserError
 from corpus.provenance import record_run
 from corpus.store import Store
 from evaluate import plots
 from evaluate.perturb_settings import StatsSettings
-from evaluate.shifts import MANIFEST, SHIFT, ScanManifest, read_shifts
+from evaluate.shifts import MANIFEST, PROBABILITY, SHIFT, ScanManifest, read_shifts
 from evaluate.stats import KEYS, gene_statistics
+from evaluate.stats_modes import compare_scans, mixture, versus_null
 
 SIMILARITY = "similarity"
 MITOCHONDRIAL = r"(?i)^mt-"
@@ -32,19 +34,20 @@ def write_stats(shifts_uri: str, out_uri: str, settings: StatsSettings) -> pl.Da
     manifest, frame = read_shifts(shifts_uri)
     if frame.is_empty():
         raise UserError(f"{shifts_uri}: the scan has no rows: no perturbation applied to any cell")
-    genes = genes_table(manifest, frame, settings)
-    out = Store(out_uri)
+    genes, summary, pictures = _run_mode(manifest, frame, settings)
+    summary = {**_about_scan(manifest), "settings": settings.model_dump(mode="json"), **summary}
     parquet = io.BytesIO()
     genes.write_parquet(parquet)
+    out = Store(out_uri)
     files = {
         "genes.parquet": parquet.getvalue(),
         "genes.csv": genes.write_csv().encode(),
-        "summary.json": json.dumps(summarise(manifest, genes, settings), indent=1).encode() + b"\n",
-        **_pictures(manifest, genes, settings),
+        "summary.json": json.dumps(summary, indent=1).encode() + b"\n",
+        **{name: plots.to_png(figure) for name, figure in pictures.items()},
     }
-    # The table first: if it is the same, so is the rest.
+    # Pictures follow from the table, and may differ in bytes between versions of matplotlib.
     for name, data in files.items():
-        if not out.create(name, data) and name.startswith("genes") and out.read_bytes(name) != data:
+        if not out.create(name, data) and not name.endswith(".png") and out.read_bytes(name) != data:
             raise UserError(f"{out.uri}/{name}: holds other results; choose another --out")
     scan = Store(shifts_uri)
     record_run(out, "evaluate stats", settings, {"scan": manifest.scan_id, "manifest": scan.sha256(MANIFEST)})
@@ -58,7 +61,7 @@ def genes_table(manifest: ScanManifest, frame: pl.DataFrame, settings: StatsSett
     descending, then by false discovery rate; genes without a test come last.
 
     A scan without states has one block of rows with `state` = "similarity", whose `mean` is the mean cosine between
-    perturbed and original cells.
+    perturbed and original cells. Changes of class probabilities follow as `state` = "prob_<label>".
 
     Parameters
     ----------
@@ -72,8 +75,8 @@ def genes_table(manifest: ScanManifest, frame: pl.DataFrame, settings: StatsSett
     `n_no_op` (cells in which nothing changed); `is_mitochondrial` and `is_ribosomal`, by symbol.
     """
     frame = _flat(frame, manifest.joint)
-    states = manifest.states
-    measures = {state: SHIFT + state for state in [*states[1:2], *states[:1], *states[2:]]} or {SIMILARITY: SIMILARITY}
+    measures = {state: SHIFT + state for state in _ordered(manifest.states)} or {SIMILARITY: SIMILARITY}
+    measures |= {PROBABILITY + label: PROBABILITY + label for label in manifest.labels}
     about = _about_genes(frame, manifest.num_cells)
     parts = []
     for state, column in measures.items():
@@ -111,8 +114,59 @@ def _about_genes(frame: pl.DataFrame, num_cells: int) -> pl.DataFrame:
     )
 
 
-def summarise(manifest: ScanManifest, genes: pl.DataFrame, settings: StatsSettings) -> dict[str, Any]:
-    """What was tested, how, and what came out, for summary.json."""
+def _run_mode(
+    manifest: ScanManifest, frame: pl.DataFrame, settings: StatsSettings
+) -> tuple[pl.DataFrame, dict[str, Any], dict[str, Figure]]:
+    """Table, entries of the summary, and pictures of the chosen mode."""
+    if settings.mode == "mixture_model":
+        flat = _flat(frame, manifest.joint)
+        about = _about_genes(flat, manifest.num_cells).drop("mean_similarity")
+        genes = mixture(flat, settings).join(about, on=KEYS.gene, how="left", validate="1:1", maintain_order="left")
+        counts = dict(genes["impact"].drop_nulls().value_counts().sort("impact").iter_rows())
+        return genes, {"genes": len(genes), "impact": counts}, {}
+    if settings.mode == "vs_null":
+        genes = _versus_null_table(manifest, frame, settings)
+        goal = genes.filter(pl.col("state") == genes["state"][0])
+        pictures = {"volcano.png": _volcano(goal, "difference", "difference from the null scan", settings)}
+        tested = genes.filter(pl.col("p_value").is_not_null())
+        significant = tested.filter(pl.col("fdr") < settings.fdr)
+        return genes, {"genes": len(genes), "tested": len(tested), "significant": len(significant)}, pictures
+    genes = genes_table(manifest, frame, settings)
+    summary = {"states": _summarise_states(genes, settings)}
+    if settings.compare is not None:
+        other_manifest, other = read_shifts(settings.compare)
+        others = genes_table(other_manifest, other, settings)
+        summary["comparison"] = {"scan_id": other_manifest.scan_id, "model_checksum": other_manifest.model_checksum} | {
+            state: compare_scans(genes.filter(pl.col("state") == state), others.filter(pl.col("state") == state))
+            for state in genes["state"].unique(maintain_order=True)
+            if state in others["state"]
+        }
+    return genes, summary, _pictures(manifest, genes, settings)
+
+
+def _versus_null_table(manifest: ScanManifest, frame: pl.DataFrame, settings: StatsSettings) -> pl.DataFrame:
+    null_manifest, null = read_shifts(str(settings.null_shifts))
+    if null_manifest.model_checksum != manifest.model_checksum:
+        raise UserError(f"{settings.null_shifts}: scan of another model: shifts of different models are not comparable")
+    frame, null = _flat(frame, manifest.joint), _flat(null, null_manifest.joint)
+    common = [state for state in _ordered(manifest.states) if state in null_manifest.states]
+    measures = {state: SHIFT + state for state in common} or {SIMILARITY: SIMILARITY}
+    symbols = frame.group_by(KEYS.gene).agg(pl.col("symbol").first())
+    parts = []
+    for state, name in measures.items():
+        tested = versus_null(frame, null, name, settings).join(symbols, on=KEYS.gene, how="left", validate="1:1")
+        tested = tested.select(pl.lit(state).alias("state"), KEYS.gene, "symbol", pl.exclude(KEYS.gene, "symbol"))
+        parts.append(tested.sort(pl.col("p_value").is_null(), -pl.col("difference"), KEYS.gene))
+    return pl.concat(parts)
+
+
+def _ordered(states: list[str]) -> list[str]:
+    """The goal state first, then start and alternates."""
+    return [*states[1:2], *states[:1], *states[2:]]
+
+
+def _summarise_states(genes: pl.DataFrame, settings: StatsSettings) -> dict[str, Any]:
+    """What was tested, how, and what came out, for each state."""
     blocks = {}
     for (state,), block in genes.group_by("state", maintain_order=True):
         called = block.filter("significant")
@@ -124,6 +178,10 @@ def summarise(manifest: ScanManifest, genes: pl.DataFrame, settings: StatsSettin
             "significant_positive": int((called["excess"].fill_null(called["mean"]) > 0).sum()),
             "top": block.head(settings.top).select("symbol", "mean", "excess", "p_value", "fdr", "p_genes").to_dicts(),
         }
+    return blocks
+
+
+def _about_scan(manifest: ScanManifest) -> dict[str, Any]:
     return {
         "scan_id": manifest.scan_id,
         "model_checksum": manifest.model_checksum,
@@ -131,26 +189,28 @@ def summarise(manifest: ScanManifest, genes: pl.DataFrame, settings: StatsSettin
         "num_cells": manifest.num_cells,
         "state_cells": manifest.state_cells,
         "goal": manifest.states[1] if manifest.states else None,
-        "settings": settings.model_dump(mode="json"),
-        "states": blocks,
     }
 
 
-def _pictures(manifest: ScanManifest, genes: pl.DataFrame, settings: StatsSettings) -> dict[str, bytes]:
+def _volcano(block: pl.DataFrame, effect: str, label: str, settings: StatsSettings) -> Figure:
+    return plots.volcano(
+        block[effect].fill_null(np.nan).to_numpy(),
+        block["fdr"].fill_null(np.nan).to_numpy(),
+        block["symbol"].to_list(),
+        effect_label=label,
+        threshold=settings.fdr,
+        num_labels=min(settings.top, 12),
+    )
+
+
+def _pictures(manifest: ScanManifest, genes: pl.DataFrame, settings: StatsSettings) -> dict[str, Figure]:
     """Volcano and ranking of the goal state (of the similarity, without states)."""
     block = genes.filter(pl.col("state") == genes["state"][0])
     goal = manifest.states[1] if manifest.states else None
     what = f"shift towards {goal}" if goal else "similarity to the unperturbed cell"
-    effect = block["excess"].fill_null(block["mean"]).to_numpy()
     has_null = block["excess"].null_count() < len(block)
-    volcano = plots.volcano(
-        effect,
-        block["fdr"].fill_null(np.nan).to_numpy(),
-        block["symbol"].to_list(),
-        effect_label=f"{what}, minus that of matched genes" if has_null else what,
-        threshold=settings.fdr,
-        num_labels=min(settings.top, 12),
-    )
+    label = f"{what}, minus that of matched genes" if has_null else what
+    block = block.with_columns(pl.col("excess").fill_null(pl.col("mean")).alias("effect"))
     tested = block.filter(pl.col("p_value").is_not_null())
     ranking = plots.gene_bars(
         tested["mean"].to_numpy(),
@@ -160,4 +220,4 @@ def _pictures(manifest: ScanManifest, genes: pl.DataFrame, settings: StatsSettin
         effect_label=f"mean {what}",
         num_each=settings.top // 2,
     )
-    return {"volcano.png": plots.to_png(volcano), "ranking.png": plots.to_png(ranking)}
+    return {"volcano.png": _volcano(block, "effect", label, settings), "ranking.png": ranking}

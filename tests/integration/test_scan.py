@@ -22,7 +22,7 @@ from evaluate.scan_setup import Scan
 from evaluate.shifts import read_shifts
 from evaluate.stats_report import MITOCHONDRIAL, RIBOSOMAL, write_stats
 from tests.factories import write_corpus
-from train.model import MaskedLM
+from train.model import Classifier, MaskedLM
 from train.model_folder import ModelCard, save_model
 from train.presets import ModelSettings
 
@@ -201,6 +201,28 @@ def test_alternates_are_optional(inputs, tmp_path, alternates):
     assert manifest.states == ["alpha", "beta", *alternates]
 
 
+def test_probabilities_of_a_classifier_have_their_columns(inputs, tmp_path):
+    genes = Corpus(inputs[0]).genes
+    config = ModelSettings(preset="tiny", max_length=LIMIT).bert_config(genes.vocab_size)
+    card = ModelCard(
+        kind="classifier",
+        genes_hash=genes.hash,
+        special_tokens="none",
+        max_length=LIMIT,
+        pooling="mean",
+        label_map={"alpha": 0, "beta": 1},
+    )
+    save_model(tmp_path / "model", Classifier(config, 2), card, genes)
+    settings = {"readout": {"probabilities": True}, "cells": {"max_per_group": 6}}
+    run_scan(scan((inputs[0], str(tmp_path / "model")), tmp_path / "out", **settings))
+    frame = table(tmp_path / "out")
+    assert [name for name in frame.columns if name.startswith("prob_")] == ["prob_alpha", "prob_beta"]
+    np.testing.assert_allclose(frame["prob_alpha"] + frame["prob_beta"], 0, atol=1e-6)
+    assert frame["prob_alpha"].abs().max() > 1e-5
+    tested = write_stats(str(tmp_path / "out"), str(tmp_path / "stats"), StatsSettings(min_cells=2))
+    assert {"prob_alpha", "prob_beta"} < set(tested["state"])
+
+
 def test_without_states_only_similarity(inputs, tmp_path):
     manifest = run_scan(scan(inputs, tmp_path, states=None, cells={"max_per_group": 3, "group_by": ["donor_id"]}))
     assert manifest.num_cells == 9
@@ -238,6 +260,7 @@ def test_filters_hold_for_cells_and_centroids(inputs, tmp_path):
         ({"states": {**STATES, "column": "nothing"}}, "no column 'nothing'"),
         ({"perturbation": {"genes": ["Nope"]}}, "gene 'Nope'"),
         ({"readout": {"layer": "layer_3"}}, "layer_3: the model has 2 layers"),
+        ({"readout": {"probabilities": True}}, "the model is no classifier"),
         ({"readout": {"embedding": "cls"}}, "no <cls> token"),
         ({"cells": {"filters": {"donor_id": ["d9"]}}}, r"filters.donor_id: no cell is left"),
     ],
@@ -294,6 +317,28 @@ def test_statistics_of_joint_lists_and_of_similarity(inputs, tmp_path):
         genes.filter(pl.col("test") == stats.TOO_FEW_CELLS)["mean_similarity"],
         rtol=1e-3,
     )
+
+
+def test_other_modes_of_statistics(inputs, finished, tmp_path):
+    backwards = {**STATES, "start": "beta", "goal": "alpha"}
+    run_scan(scan(inputs, tmp_path / "null", states=backwards))
+    genes = write_stats(
+        str(finished),
+        str(tmp_path / "a"),
+        StatsSettings(mode="vs_null", null_shifts=str(tmp_path / "null"), min_cells=5),
+    )
+    assert genes["state"].unique(maintain_order=True).to_list() == ["beta", "alpha", "delta"]
+    row = next(genes.filter(pl.col("state") == "beta", pl.col("p_value").is_not_null()).iter_rows(named=True))
+    both = [table(out).filter(pl.col("ensembl_id") == row["ensembl_id"]) for out in (finished, tmp_path / "null")]
+    means = [frame.group_by("donor_id").agg(pl.col("shift_beta").mean())["shift_beta"].mean() for frame in both]
+    assert (row["mean"], row["mean_null"]) == pytest.approx(means)
+    assert (tmp_path / "a" / "volcano.png").stat().st_size > 5000
+    genes = write_stats(str(finished), str(tmp_path / "b"), StatsSettings(mode="mixture_model", min_cells=5))
+    assert {"symbol", "mean_similarity", "impact_probability", "impact"} <= set(genes.columns)
+    write_stats(str(finished), str(tmp_path / "c"), StatsSettings(compare=str(finished)))
+    found = json.loads((tmp_path / "c" / "summary.json").read_bytes())["comparison"]["beta"]
+    assert found["spearman"] == pytest.approx(1)
+    assert found["sign_flips"] == []
 
 
 def test_statistics_need_a_finished_scan(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from transformers import BertModel
+from transformers import BertForSequenceClassification, BertModel
 
 from corpus.errors import RunError
 from corpus.reader import Cells, Corpus
@@ -14,7 +14,7 @@ from evaluate.perturb import NONE, cell_sets, gene_sets, plan_edits
 from evaluate.perturb_settings import PerturbationSettings, StateSettings
 from evaluate.scan_compute import Scanner
 from tests.factories import write_corpus
-from train.model import MaskedLM
+from train.model import Classifier, MaskedLM
 from train.presets import ModelSettings
 
 LIMIT = 24
@@ -231,6 +231,46 @@ def test_cls_embedding_and_earlier_layer(corpus, model):
             rest = [other for other in original if other != gene]
             expected.append(reference(run, original, rest, (gene,), centroids, "cls"))
     np.testing.assert_allclose(np.column_stack([measured.similarity, measured.shifts]), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+@pytest.mark.parametrize("special_tokens", ["none", "cls_eos"])
+@pytest.mark.parametrize("kind", ["delete", "overexpress"])
+def test_probabilities_equal_the_classifier_on_each_sequence(corpus, pooling, special_tokens, kind):
+    """The whole perturbed cell is classified, perturbed genes included, by stock transformers for pooling "first"."""
+    torch.manual_seed(3)
+    max_length = LIMIT if special_tokens == "none" else LIMIT + 2
+    config = ModelSettings(preset="tiny", max_length=max_length).bert_config(corpus.genes.vocab_size)
+    config.initializer_range = 0.3
+    net = Classifier(config, 3, pooling).eval()
+    cells = corpus.read_cells(np.arange(8), counts=True)
+    settings = PerturbationSettings(kind=kind)
+    edits, _ = plan(corpus, cells, settings, None, LIMIT)
+    scanner = Scanner(net.bert, max_length=max_length, special_tokens=special_tokens, num_layers=2, classifier=net)
+    measured = scanner.scan(cells, edits, np.ones((1, 64)))
+    reference_net = BertForSequenceClassification(net.config).eval()
+    reference_net.load_state_dict(net.state_dict())
+
+    def classify(genes):
+        ids = torch.tensor([[CLS, *genes, EOS] if special_tokens == "cls_eos" else genes])
+        with torch.no_grad():
+            if pooling == "first":
+                logits = reference_net(ids).logits
+            else:
+                hidden = reference_net.bert(ids).last_hidden_state[0]
+                mean = (hidden[1:-1] if special_tokens == "cls_eos" else hidden).mean(0)
+                logits = net.classifier(torch.tanh(net.bert.pooler["dense"](mean)))[None]
+        return torch.softmax(logits[0].double(), 0).numpy()
+
+    expected = []
+    for i in range(len(cells)):
+        tokens = cells.tokens[cells.offsets[i] : cells.offsets[i + 1]].tolist()
+        for gene in tokens[:LIMIT]:
+            perturbed = edited(settings, tokens, [1] * len(tokens), None, (gene,), LIMIT)
+            expected.append(classify(perturbed) - classify(tokens[:LIMIT]))
+    assert measured.probabilities.shape[1] == 3
+    np.testing.assert_allclose(measured.probabilities, expected, atol=1e-5, rtol=0)
+    assert np.abs(measured.probabilities).max() > 0.01
 
 
 def test_result_does_not_depend_on_batching(corpus, model):
