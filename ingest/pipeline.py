@@ -317,7 +317,7 @@ class _Run:
                 f"mapping.min_count_coverage = {least:.0%}); check mapping.species, or give mapping.aliases"
             )
             for name, share in shares.items()
-            if share.mapped < least
+            if counts[name][0] and share.mapped < least  # without counts there is nothing to judge
         }
         if poor:
             self._set_aside(poor)
