@@ -11,8 +11,8 @@ import scipy.sparse as sp
 from corpus.errors import UserError
 from corpus.manifest import Unit
 from corpus.store import Store
-from ingest.doublets import DoubletSearch, find_doublets
 from ingest.collapse import select
+from ingest.doublets import DoubletSearch, find_doublets
 from ingest.duplicates import cell_keys
 from ingest.plan import WorkUnit
 from ingest.quality import Selection
