@@ -104,15 +104,13 @@ def _filled(table, rows, position, number):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _middle(bins, low, high, below, n):  # type: ignore[no-untyped-def]
+def _middle(genes, bins, low, high, below, n):  # type: ignore[no-untyped-def]
     """Per gene: bins of its two middle values (-1 without values), number of values in lower bins, and of all."""
-    for gene in range(len(bins)):
+    for gene in genes:
         total = np.int64(0)
         for column in range(NUM_BINS):
             total += np.int64(bins[gene, column])
-        n[gene], low[gene], high[gene], below[gene] = total, -1, -1, 0
-        if total == 0:
-            continue
+        n[gene] = total
         passed = np.int64(0)
         for column in range(NUM_BINS):
             number = np.int64(bins[gene, column])
@@ -135,10 +133,12 @@ class Histogram:
 
     def __init__(self, num_genes: int) -> None:
         self.bins = np.zeros((num_genes, NUM_BINS), dtype=np.uint64)
+        self._seen = np.zeros(num_genes, bool)  # rows never written are never read, so they take no memory
 
     def add(self, genes: np.ndarray, values: np.ndarray) -> None:
         """Count values: `genes` unsigned[n] row numbers, `values` float64[n], positive."""
         _count(genes, _columns(values), self.bins)
+        self._seen[genes] = True
 
     def to_sparse(self) -> tuple[np.ndarray, np.ndarray]:
         """Filled bins as (flat position int64[n], number uint64[n])."""
@@ -149,10 +149,12 @@ class Histogram:
     def add_sparse(self, position: np.ndarray, number: np.ndarray) -> None:
         """Merge what another worker sent; positions are unique within one message."""
         self.bins.reshape(-1)[position] += number
+        self._seen[position // NUM_BINS] = True
 
     def _middles(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        low, high, below, n = (np.empty(len(self.bins), np.int64) for _ in range(4))
-        _middle(self.bins, low, high, below, n)
+        low, high = (np.full(len(self.bins), -1) for _ in range(2))
+        below, n = (np.zeros(len(self.bins), np.int64) for _ in range(2))
+        _middle(np.flatnonzero(self._seen), self.bins, low, high, below, n)
         return low, high, below, n
 
     @property

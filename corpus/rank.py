@@ -70,7 +70,7 @@ def _rank(indptr, tokens, counts, medians, out_tokens, out_counts):  # type: ign
     for cell in range(len(indptr) - 1):
         start = indptr[cell]
         size = indptr[cell + 1] - start
-        top, last = np.int64(0), -1
+        top, last = np.int64(0), np.int64(-1)
         for i in range(size):
             token, count = np.int64(tokens[start + i]), counts[start + i]
             if token <= last or token >= len(medians) or count == 0:
