@@ -78,6 +78,8 @@ class Manifest(Record):
         In the order of the sources; readers number cells in this order.
     quarantined
         Dataset ids that were asked for and are not here, with the reason: their sources could not be read.
+    report
+        Path of the account of the run that made this manifest.
     """
 
     format_version: int = FORMAT_VERSION
@@ -88,6 +90,7 @@ class Manifest(Record):
     obs_columns: list[str]
     units: list[Unit]
     quarantined: dict[str, str] = {}
+    report: str = ""
 
     @property
     def num_cells(self) -> int:

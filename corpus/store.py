@@ -189,6 +189,35 @@ class Store:
         with told(f"{self.uri}/{path}"):
             self._fs_root[0].rm_file(self._full(path))
 
+    def unfinished(self) -> Iterator[tuple[str, float]]:
+        """What killed writers left behind and no reader sees: (name, time of its start, in seconds since 1970).
+
+        Temporary files on a local disk; on object storage uploads in parts, which are stored and billed.
+        """
+        fs, root = self._fs_root
+        if self.is_local:
+            for part in sorted(Path(self.uri).rglob(".*.part")):
+                yield part.relative_to(self.uri).as_posix(), part.stat().st_mtime
+            return
+        bucket, _, prefix = root.partition("/")
+        with told(self.uri):
+            uploads = fs.list_multipart_uploads(bucket)
+        for upload in uploads:
+            if upload["Key"].startswith(f"{prefix}/"):
+                name = f"{upload['Key'].removeprefix(f'{prefix}/')}?uploadId={upload['UploadId']}"
+                yield name, upload["Initiated"].timestamp()
+
+    def discard(self, name: str) -> None:
+        """Remove something that `unfinished` has named."""
+        if self.is_local:
+            (Path(self.uri) / name).unlink(missing_ok=True)
+            return
+        fs, root = self._fs_root
+        bucket, _, prefix = root.partition("/")
+        key, _, upload = name.partition("?uploadId=")
+        with told(f"{self.uri}/{key}"):
+            fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=f"{prefix}/{key}", UploadId=upload)
+
     def walk(self) -> Iterator[str]:
         """Relative paths of all files below, sorted."""
         fs, root = self._fs_root

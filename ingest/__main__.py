@@ -11,7 +11,7 @@ from corpus.errors import RunError
 from corpus.manifest import Manifest
 from corpus.settings import Command, Settings, main
 from corpus.store import Store
-from ingest.collect import unnamed
+from ingest.collect import collect
 from ingest.limits import Limits
 from ingest.settings import IngestSettings
 
@@ -129,11 +129,8 @@ class Gc(Command):
 
     def run(self) -> None:
         """Remove, one line per file."""
-        store = Store(self.corpus)
-        for path in unnamed(store, self.older_than):
+        for path in collect(Store(self.corpus), self.older_than, dry_run=self.dry_run):
             print(f"{'would remove' if self.dry_run else 'removed'} {path}")
-            if not self.dry_run:
-                store.remove(path)
 
 
 def _rules(command: IngestSettings) -> IngestSettings:

@@ -1,17 +1,18 @@
 """Garbage collection: remove what no manifest names, once it is old enough not to belong to a running run."""
 
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 from corpus.errors import UserError
 from corpus.manifest import Manifest
 from corpus.store import Store
 
-_FOLDERS = ("cells", "shards", "units", "genes")
+_FOLDERS = ("cells", "shards", "units", "genes", "reports")
 
 
-def unnamed(store: Store, older_than: timedelta) -> list[str]:
-    """Files of a corpus that none of its manifests names and that are older than a limit, sorted.
+def named_files(store: Store) -> set[str]:
+    """Every file that a manifest of the corpus names, old manifests included.
 
     Raises
     ------
@@ -24,10 +25,38 @@ def unnamed(store: Store, older_than: timedelta) -> list[str]:
     named: set[str] = set()
     for number in numbers:
         manifest = Manifest.read(store, number)
-        named |= {manifest.genes, *(unit.shard for unit in manifest.units), *(unit.record for unit in manifest.units)}
-    limit = time.time() - older_than.total_seconds()
-    return [
-        path
-        for path in store.walk()
-        if path.partition("/")[0] in _FOLDERS and path not in named and store.modified(path) < limit
-    ]
+        named |= {manifest.genes, manifest.report}
+        named |= {path for unit in manifest.units for path in (unit.shard, unit.record)}
+    return named
+
+
+def collect(store: Store, older_than: timedelta, *, dry_run: bool = False) -> Iterator[str]:
+    """Remove what no manifest names and nobody has touched lately; what killed writers left half done, too.
+
+    Parameters
+    ----------
+    older_than
+        Least age. Younger files may belong to a run that is going on.
+    dry_run
+        Only say what would be removed.
+
+    Yields
+    ------
+    The name of each file, once it is removed.
+
+    Raises
+    ------
+    UserError
+        If there is no manifest.
+    """
+    named, limit = named_files(store), time.time() - older_than.total_seconds()
+    for path in list(store.walk()):
+        if path.partition("/")[0] in _FOLDERS and path not in named and store.modified(path) < limit:
+            if not dry_run:
+                store.remove(path)
+            yield path
+    for name, started in list(store.unfinished()):
+        if started < limit:
+            if not dry_run:
+                store.discard(name)
+            yield name

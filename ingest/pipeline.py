@@ -178,8 +178,9 @@ class _Run:
     def published(self) -> Report | None:
         """Report of the manifest that holds this run already."""
         for number in Manifest.numbers(self.store):
-            if Manifest.read(self.store, number).plan == self.plan_name:
-                return Report.model_validate_json(self.store.read_bytes(f"reports/{number:06d}.json"))
+            manifest = Manifest.read(self.store, number)
+            if manifest.plan == self.plan_name:
+                return Report.model_validate_json(self.store.read_bytes(manifest.report))
         return None
 
     def publish(self) -> Report:
@@ -219,9 +220,8 @@ class _Run:
             {found.source.uri: found.sha256 for found in self.inspections},
         )
         # The report before the manifest: a published manifest always has its account.
-        text = report.to_json()
-        if not self.store.create(report.path, text) and self.store.read_bytes(report.path) != text:
-            raise RunError(f"{self.store.uri}/{report.path}: another run is publishing here; run again")
+        self.store.create_same(report.path, report.to_json())
+        self._require_shards(units)
         Manifest(
             number=number,
             plan=self.plan_name,
@@ -230,8 +230,16 @@ class _Run:
             obs_columns=obs_names(self.settings.extra_obs),
             units=[*(self.frozen.units if self.frozen else []), *units],
             quarantined=report.quarantined,
+            report=report.path,
         ).publish(self.store)
         return report
+
+    def _require_shards(self, units: Sequence[Unit]) -> None:
+        """Look once more before readers are told: somebody may have tidied up meanwhile."""
+        there = set(self.store.names("shards"))
+        gone = [unit.shard for unit in units if unit.shard.removeprefix("shards/") not in there]
+        if gone:
+            raise RunError(f"{self.store.uri}/{gone[0]}: was removed during the run ({len(gone)} such); run again")
 
     def _missing(self) -> dict[str, str]:
         """Datasets that could not be read, by this run or by earlier ones of this corpus, and are not in it."""

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from corpus.genes import GeneTable
+from corpus.hashing import digest_json
 from corpus.manifest import Record, Unit
 from ingest.doublets import DoubletSearch
 from ingest.histograms import EDGES, Histograms
@@ -71,7 +72,7 @@ class VocabularyReport(Record):
 
 
 class Report(Record):
-    """One run: `reports/<manifest number>.json` in the corpus."""
+    """One run: `reports/<manifest number>-<hash>.json` in the corpus; the manifest names it."""
 
     number: int
     num_genes: int
@@ -84,8 +85,8 @@ class Report(Record):
 
     @property
     def path(self) -> str:
-        """Where the report lies inside a corpus."""
-        return f"reports/{self.number:06d}.json"
+        """Where the report lies inside a corpus: the report of a run that never finished is in nobody's way."""
+        return f"reports/{self.number:06d}-{digest_json(self.model_dump(mode='json'), 8)}.json"
 
     def lines(self) -> list[str]:
         """The account as text."""

@@ -94,7 +94,7 @@ def test_nothing_is_left_but_what_the_format_names(done: tuple[Path, Report]) ->
     manifest = Manifest.read(Store(out))
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     shards = {unit.shard for unit in manifest.units} | {unit.record for unit in manifest.units}
-    rest = files - shards - {manifest.path, manifest.genes, "reports/000001.json"}
+    rest = files - shards - {manifest.path, manifest.genes, manifest.report}
     assert {name.split("/")[0] for name in rest} == {"runs"}
 
 

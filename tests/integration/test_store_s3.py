@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from http.client import HTTPMessage
 
@@ -215,3 +216,17 @@ def test_a_server_that_is_not_there(environment: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match=r"s3://bucket/x/y: cannot reach the object storage \(see AWS_ENDPOINT_URL\)"):
         gone.create("y", b"")
     gone._fs_root[0].clear_instance_cache()
+
+
+def test_uploads_that_were_never_finished_are_found_and_discarded(
+    store: Store, endpoint: str, environment: pytest.MonkeyPatch
+) -> None:
+    key = f"{store.uri.removeprefix('s3://bucket/')}/shards/x.parquet"
+    server = files(endpoint)
+    upload = server.call_s3("create_multipart_upload", Bucket="bucket", Key=key)["UploadId"]
+    server.call_s3("create_multipart_upload", Bucket="bucket", Key=f"elsewhere/{key}")
+    [(name, started)] = list(store.unfinished())
+    assert name == f"shards/x.parquet?uploadId={upload}"
+    assert abs(started - time.time()) < 120
+    store.discard(name)
+    assert not list(store.unfinished())
