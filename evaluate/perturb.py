@@ -63,6 +63,16 @@ class Edits:
         return Edits(*(np.concatenate([getattr(p, name) for p in parts]) for name in Edits.__dataclass_fields__))
 
 
+def null_edits(input_lengths: np.ndarray) -> list[Edits]:
+    """One perturbation a cell that changes nothing, yet is run: what it measures is rounding."""
+    none = np.full((1, 1), NONE)
+    absent = np.full((1, 1), -1)
+    return [
+        Edits(absent, absent, none, none, absent, np.array([n]), np.array([n]), np.array([False]))
+        for n in input_lengths.tolist()
+    ]
+
+
 def gene_sets(settings: PerturbationSettings, listed: np.ndarray | None, anchor: int | None) -> np.ndarray | None:
     """Lay out the sets of a gene list.
 

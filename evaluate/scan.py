@@ -1,5 +1,6 @@
 """A perturbation scan over a pool of Ray actors, resumable unit by unit."""
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from corpus.provenance import record_run
 from evaluate.scan_plan import WorkUnit
 from evaluate.scan_setup import Scan
 from evaluate.scan_worker import Job, ScanWorker
-from evaluate.shifts import MANIFEST, ScanManifest, UnitRecord
+from evaluate.shifts import MANIFEST, NOISE, ScanManifest, UnitRecord
 from evaluate.states import load_centroids, save_centroids, states_id
+
+_NOISE_CELLS = 16
 
 
 class Pool(Protocol):
@@ -148,6 +151,7 @@ def run_scan(scan: Scan) -> ScanManifest:
     )
     with worker_pool(scan.job) as pool:
         centroids = _centroids(scan, pool)
+        _measure_noise(scan, pool, centroids)
         records = _run_units(scan, pool, centroids)
     manifest = _manifest(scan, records)
     manifest.publish(scan.out)
@@ -168,6 +172,14 @@ def _centroids(scan: Scan, pool: Pool) -> np.ndarray:
         found = {state: means[place] for place, state in enumerate(states)}
         save_centroids(scan.out, name, found, {state: len(members) for state, members in cells.items()})
     return np.stack([found[state] for state in cells])
+
+
+def _measure_noise(scan: Scan, pool: Pool, centroids: np.ndarray) -> None:
+    """Write noise.json: what rounding alone gives on the device that this scan runs on."""
+    cells = scan.selection.cells
+    chosen = cells[np.unique(np.linspace(0, len(cells) - 1, _NOISE_CELLS).astype(int))]
+    ((_, noise),) = pool.run("noise", [(chosen, centroids)])
+    scan.out.create(NOISE, json.dumps(noise).encode() + b"\n")
 
 
 def _run_units(scan: Scan, pool: Pool, centroids: np.ndarray) -> list[UnitRecord]:

@@ -9,7 +9,7 @@ import torch
 
 from corpus.reader import Cells, Corpus
 from corpus.store import Store
-from evaluate.perturb import Edits, cell_sets, gene_sets, plan_edits
+from evaluate.perturb import Edits, cell_sets, gene_sets, null_edits, plan_edits
 from evaluate.perturb_settings import EngineSettings, PerturbationSettings, ReadoutSettings
 from evaluate.scan_compute import Scanner
 from evaluate.scan_plan import WorkUnit
@@ -79,6 +79,14 @@ class ScanWorker:
     def centroid(self, cells: np.ndarray) -> np.ndarray:
         """Mean embedding of some cells (int64, ascending); float64[d]."""
         return state_mean(self.scanner, self.corpus, cells)
+
+    def noise(self, cells: np.ndarray, centroids: np.ndarray) -> dict[str, float]:
+        """Largest shift and loss of similarity that rounding alone makes of some cells: effects below are none."""
+        read = self.corpus.read_cells(cells)
+        edits = null_edits(np.minimum(read.lengths, self.scanner.max_genes))
+        measured = self.scanner.scan(read, edits, centroids)
+        shift = float(np.abs(measured.shifts).max()) if measured.shifts.size else 0.0
+        return {"shift": shift, "similarity": float(np.abs(1 - measured.similarity).max()), "cells": len(cells)}
 
     def run(self, unit: WorkUnit, obs: pl.DataFrame, centroids: np.ndarray) -> UnitRecord:
         """Measure and commit one unit, unless its file is there already.

@@ -19,6 +19,8 @@ from evaluate.perturb import Edits
 from evaluate.scan_compute import Measured
 
 MANIFEST = "manifest.json"
+NOISE = "noise.json"
+"""What rounding makes of unperturbed cells; it differs between devices, so it is no part of the manifest."""
 SHIFT = "shift_"
 PROBABILITY = "prob_"
 

@@ -13,7 +13,7 @@ from corpus.provenance import record_run
 from corpus.store import Store
 from evaluate import plots
 from evaluate.perturb_settings import StatsSettings
-from evaluate.shifts import MANIFEST, PROBABILITY, SHIFT, ScanManifest, read_shifts
+from evaluate.shifts import MANIFEST, NOISE, PROBABILITY, SHIFT, ScanManifest, read_shifts
 from evaluate.stats import KEYS, gene_statistics
 from evaluate.stats_modes import compare_scans, mixture, versus_null
 
@@ -35,7 +35,8 @@ def write_stats(shifts_uri: str, out_uri: str, settings: StatsSettings) -> pl.Da
     if frame.is_empty():
         raise UserError(f"{shifts_uri}: the scan has no rows: no perturbation applied to any cell")
     genes, summary, pictures = _run_mode(manifest, frame, settings)
-    summary = {**_about_scan(manifest), "settings": settings.model_dump(mode="json"), **summary}
+    noise = json.loads(Store(shifts_uri).read_bytes(NOISE))
+    summary = {**_about_scan(manifest), "noise": noise, "settings": settings.model_dump(mode="json"), **summary}
     parquet = io.BytesIO()
     genes.write_parquet(parquet)
     out = Store(out_uri)
@@ -175,6 +176,7 @@ def _summarise_states(genes: pl.DataFrame, settings: StatsSettings) -> dict[str,
             "tested": len(block) - block["p_value"].null_count(),
             "tests": dict(block["test"].value_counts().sort("test").iter_rows()),
             "significant": len(called),
+            "median_absolute_mean": block["mean"].abs().median(),
             "significant_positive": int((called["excess"].fill_null(called["mean"]) > 0).sum()),
             "top": block.head(settings.top).select("symbol", "mean", "excess", "p_value", "fdr", "p_genes").to_dicts(),
         }

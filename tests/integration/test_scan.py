@@ -271,6 +271,13 @@ def test_bad_requests_stop_before_any_work(inputs, tmp_path, changes, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_noise_of_rounding_is_measured_and_far_below_effects(finished):
+    noise = json.loads((finished / "noise.json").read_bytes())
+    assert 0 <= noise["similarity"] < 1e-6
+    assert 0 < noise["shift"] < 1e-6
+    assert table(finished)["shift_beta"].abs().median() > 1000 * noise["shift"]
+
+
 def test_statistics_of_a_scan(finished, tmp_path):
     (finished / "shifts" / "stale.parquet").write_bytes(b"not of this run")  # must not be looked at
     genes = write_stats(str(finished), str(tmp_path), StatsSettings(min_cells=5))
@@ -298,6 +305,7 @@ def test_statistics_of_a_scan(finished, tmp_path):
                 own.group_by("donor_id").agg(pl.col("shift_delta").mean())["shift_delta"].mean()
             )
     summary = json.loads((tmp_path / "summary.json").read_bytes())
+    assert summary["noise"]["cells"] == 16
     assert summary["states"]["beta"]["tested"] == genes.filter(pl.col("state") == "beta")["p_value"].is_not_null().sum()
     write_stats(str(finished), str(tmp_path), StatsSettings(min_cells=5))
     with pytest.raises(UserError, match="holds other results"):
