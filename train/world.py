@@ -1,12 +1,10 @@
 """The processes that train together, and the few things they say to each other."""
 
+import atexit
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -53,27 +51,27 @@ class World:
             dist.barrier()
 
 
-@contextmanager
-def single_process(device: torch.device) -> Iterator[World]:
-    """A world of one, in this process: DeepSpeed wants a process group even then."""
-    if dist.is_initialized():
-        raise RuntimeError("this process already belongs to a process group")
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{Path(folder) / 'group'}",
-            rank=0,
-            world_size=1,
-            timeout=timedelta(minutes=30),
-        )
-        kept = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+def single_process(device: torch.device) -> World:
+    """A world of one, in this process: DeepSpeed wants a process group even then.
+
+    The group stays until the process ends, because DeepSpeed remembers it; a second call gives the same world.
+
+    Raises
+    ------
+    RuntimeError
+        If the process already belongs to a larger group.
+    """
+    if not dist.is_initialized():
+        # DeepSpeed reads these even where a group exists.
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
-        try:
-            yield World(0, 1, device)
-        finally:
-            dist.destroy_process_group()
-            for name, value in kept.items():
-                if value is None:
-                    os.environ.pop(name)
-                else:
-                    os.environ[name] = value
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=30))
+        atexit.register(_leave)
+    if dist.get_world_size() != 1:
+        raise RuntimeError("this process already belongs to a process group")
+    return World(0, 1, device)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -46,8 +46,8 @@ def run_trial(point: dict[str, Any], settings: TuneSettings) -> None:
     workers = finetune.workers
     if workers.count == 1:
         use_threads(settings.concurrent)
-        with single_process(trial_device(workers.device)) as world:
-            loop.run(task, finetune.out, world, emit=print, report=ray.tune.report)
+        world = single_process(trial_device(workers.device))
+        loop.run(task, finetune.out, world, emit=print, report=ray.tune.report)
         return
     fit(
         "finetune",
@@ -77,7 +77,8 @@ def finish_best(settings: TuneSettings, options: FinetuneOptions, trial: str) ->
         return done
     task = FinetuneTask(trial_settings(settings, options, trial), measured=(TRAIN, VALIDATION, TEST))
     weights = safetensors.torch.load(source.read_bytes(_WEIGHTS))
-    with tempfile.TemporaryDirectory() as scratch, single_process(trial_device(options.workers.device)) as world:
+    world = single_process(trial_device(options.workers.device))
+    with tempfile.TemporaryDirectory() as scratch:
         model = task.build_model().to(world.device)
         model.load_state_dict(weights)
         measured = task.final_metrics(model.eval(), world, {})

@@ -5,11 +5,11 @@ import time
 
 import numpy as np
 import pytest
-from tests.factories import write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
 from corpus.reader import Cells, Corpus
+from tests.factories import write_corpus
 from train.batches import BatchReader, EpochPlan, next_fit, plan_epoch
 
 
