@@ -1,118 +1,118 @@
-"""Pictures, as pure functions from data to a matplotlib figure.
+"""Pictures, as pure functions from data to a matplotlib figure."""
 
-Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with any common colour vision can
-tell apart; where there are more classes than colours, markers change too and groups are named in the picture.
-"""
-
-import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#8C8C3D", "#4D4D4D")
-MARKERS = ("o", "^", "s", "D", "v", "P", "X")
-MISSING = "#BBBBBB"
-INK = "#222222"
+from evaluate.drawing import (
+    INK,
+    MARKERS,
+    MISSING,
+    PALETTE,
+    STYLE,
+    apart,
+    centre_of,
+    halo,
+    new_figure,
+    shorten,
+    to_png,
+    to_svg,
+)
 
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "mouse-geneformer",
-    "axes.unicode_minus": True,
-}
-_SCATTER_DPI = 160
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.add_subplot()
-
-
-def to_svg(figure: Figure) -> bytes:
-    """Render as SVG; the same data gives the same bytes."""
-    stream = io.BytesIO()
-    with mpl.rc_context(_STYLE):
-        figure.savefig(stream, format="svg", dpi=_SCATTER_DPI, metadata={"Date": None, "Creator": None})
-    return stream.getvalue()
-
-
-def to_png(figure: Figure) -> bytes:
-    """Render as PNG at 160 dots per inch."""
-    stream = io.BytesIO()
-    with mpl.rc_context(_STYLE):
-        figure.savefig(stream, format="png", dpi=_SCATTER_DPI, metadata={"Software": None})
-    return stream.getvalue()
+__all__ = [
+    "accuracy_bars",
+    "binned",
+    "confusion_matrix",
+    "embedding_scatter",
+    "gene_bars",
+    "histogram",
+    "loss_curves",
+    "shorten",
+    "to_png",
+    "to_svg",
+    "trials_scatter",
+    "volcano",
+]
 
 
 def histogram(
-    values: np.ndarray, label: str, thresholds: Mapping[str, float] | None = None, log: bool = False
+    edges: np.ndarray,
+    kept: np.ndarray,
+    label: str,
+    *,
+    before: np.ndarray | None = None,
+    thresholds: Mapping[str, float] | None = None,
+    log: bool = False,
 ) -> Figure:
-    """Cells per value of one measure, with thresholds as dashed lines.
+    """Cells per bin of one measure, with thresholds as dashed lines.
 
     Parameters
     ----------
-    values
-        float[cells], one entry a cell.
+    edges
+        float[bins + 1], ascending.
+    kept, before
+        int[bins]: cells of the corpus, and (as an outline) cells before quality control.
     label
         Name of the axis, with the unit.
     thresholds
         Name of a threshold to its value; drawn if finite.
     log
-        Logarithmic horizontal axis, for positive values.
+        Logarithmic horizontal axis; a bin that begins at 0 is then drawn one octave wide, and thresholds at 0 are not.
     """
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(3.6, 2.4)
-        values = values[np.isfinite(values)]
-        lines = {name: value for name, value in (thresholds or {}).items() if np.isfinite(value)}
-        if log:
-            values = values[values > 0]
-            lines = {name: value for name, value in lines.items() if value > 0}
-        everything = np.concatenate([values, list(lines.values())]) if lines else values
-        if not len(everything):
+    outline = kept if before is None else before
+    filled = np.flatnonzero(np.maximum(kept, outline))
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure(3.3, 2.4)
+        if not len(filled):
             axes.text(0.5, 0.5, "no values", ha="center", va="center", transform=axes.transAxes)
             return figure
-        low, high = float(everything.min()), float(everything.max())
-        if low == high:
-            low, high = (low * 0.9, high * 1.1) if low > 0 else (low - 0.5, high + 0.5)
-        bins = np.geomspace(low, high, 51) if log else np.linspace(low, high, 51)
-        axes.hist(values, bins=bins.tolist(), color=PALETTE[0], linewidth=0)
+        first, last = filled[0], filled[-1] + 1
+        edges, kept, outline = edges[first : last + 1].astype(np.float64), kept[first:last], outline[first:last]
+        if log and edges[0] <= 0:
+            edges[0] = edges[1] / 2
+        if before is not None:
+            axes.stairs(outline, edges, color="#666666", linewidth=1, label="read")
+        axes.stairs(kept, edges, fill=True, color=PALETTE[0], label="kept")
+        lines = {name: x for name, x in (thresholds or {}).items() if np.isfinite(x) and (x > 0 or not log)}
+        low, high = min([edges[0], *lines.values()]), max([edges[-1], *lines.values()])
+        middle = float(np.sqrt(low * high)) if log else (low + high) / 2
         for name, value in lines.items():
             axes.axvline(value, color=PALETTE[3], linestyle="--", linewidth=1.2)
-            near_end = value > (np.sqrt(low * high) if log else (low + high) / 2)
             axes.annotate(
-                name,
-                (value, 0.98),
+                shorten(name),
+                (value, 1.01),
                 xycoords=("data", "axes fraction"),
-                xytext=(-3 if near_end else 3, 0),
-                textcoords="offset points",
-                ha="right" if near_end else "left",
-                va="top",
+                ha="right" if value > middle else "left",
+                va="bottom",
                 fontsize=7.5,
                 color=PALETTE[3],
             )
         if log:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
         axes.set_ylabel("cells")
+        if before is not None:
+            axes.legend(fontsize=7.5)
         return figure
+
+
+def binned(values: np.ndarray, log: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Edges and cells of 50 bins over the finite (on a log scale, positive) values."""
+    values = values[np.isfinite(values) & ((values > 0) | (not log))]
+    if not len(values):
+        return np.array([0.0, 1.0]), np.zeros(1, dtype=np.int64)
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        low, high = (low * 0.9, high * 1.1) if low > 0 else (low - 0.5, high + 0.5)
+    edges = np.geomspace(low, high, 51) if log else np.linspace(low, high, 51)
+    edges[0], edges[-1] = low, high  # geomspace may miss its ends by a rounding
+    return edges, np.histogram(values, edges)[0]
 
 
 def loss_curves(
@@ -129,8 +129,8 @@ def loss_curves(
     unit
         For example "nats per masked gene".
     """
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(6.4, 3.4)
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure(6.4, 3.4)
         steps, losses = train
         if len(steps):
             window = max(1, len(losses) // 40)
@@ -163,10 +163,10 @@ def confusion_matrix(counts: np.ndarray, labels: Sequence[str]) -> Figure:
     num = len(labels)
     support = counts.sum(axis=1)
     shares = np.divide(counts, support[:, None], out=np.full(counts.shape, np.nan), where=support[:, None] > 0)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         longest = max((len(label) for label in labels), default=0)
         side = max(3.2, 0.42 * num) + 0.075 * min(longest, 40)
-        figure, axes = _figure(side + 0.9, side)
+        figure, axes = new_figure(side + 0.9, side)
         colours = mpl.colormaps["Blues"].with_extremes(bad="#EEEEEE")
         image = axes.imshow(shares, cmap=colours, vmin=0, vmax=1)
         for row, column in np.argwhere(np.nan_to_num(shares) >= 0.005):
@@ -211,15 +211,15 @@ def embedding_scatter(points: np.ndarray, groups: Sequence[str | None], title: s
     groups
         One entry a cell.
     named
-        Write each group's name at its median position, so that colours need not be told apart; of names that would
+        Write each group's name at its centre, so that colours need not be told apart; of names that would
         cover each other, that of the larger group.
     """
     names = np.array(["" if group is None else str(group) for group in groups], dtype=object)
     finite = np.isfinite(points).all(axis=1)
     sizes = {name: int((names[finite] == name).sum()) for name in set(names[finite]) if name}
     order = sorted(sizes, key=lambda name: (-sizes[name], name))
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(6.6, 4.8)
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure(5.15, 4.0)
         size = float(np.clip(9000 / max(len(points), 1), 1.5, 14))
         missing = finite & (names == "")
         if missing.any():
@@ -255,20 +255,20 @@ def embedding_scatter(points: np.ndarray, groups: Sequence[str | None], title: s
             axes.legend(
                 loc="center left",
                 bbox_to_anchor=(1, 0.5),
-                fontsize=7.5,
+                fontsize=7,
                 markerscale=max(1.0, (30 / size) ** 0.5),
                 handletextpad=0.2,
                 ncols=1 if len(order) <= 26 else 2,
             )
         if named and len(order):
             figure.draw_without_rendering()  # now the scales are known
-            centres = np.array([np.median(points[finite & (names == name)], axis=0) for name in order])
+            centres = np.array([centre_of(points[finite & (names == name)]) for name in order])
             texts = [shorten(name, 20) for name in order]
             places = axes.transData.transform(centres) * 72 / figure.dpi
             places[:, 0] -= [2 * len(text) for text in texts]
-            for i in _apart(places, texts):
+            for i in apart(places, texts):
                 text = axes.text(centres[i, 0], centres[i, 1], texts[i], fontsize=7, ha="center", va="center")
-                text.set_path_effects([_halo()])
+                text.set_path_effects([halo()])
         return figure
 
 
@@ -302,8 +302,8 @@ def volcano(
     positive = fdr[known & (fdr > 0)]
     floor = float(positive.min()) / 10 if len(positive) else 1e-3
     height = -np.log10(np.maximum(np.where(known, fdr, 1.0), floor))
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(6.4, 4.2)
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure(6.4, 4.2)
         strong = known & (fdr < threshold)
         for mask, colour, label in (
             (known & ~strong, MISSING, f"{significance_label} ≥ {threshold:g} ({int((known & ~strong).sum()):,})"),
@@ -323,7 +323,7 @@ def volcano(
         wanted = [*marked, *(int(i) for i in ranked[: 4 * num_labels] if i not in marked)]
         figure.draw_without_rendering()
         places = axes.transData.transform(np.column_stack([effect[wanted], height[wanted]])) * 72 / figure.dpi
-        free = _apart(places, [shorten(names[i]) for i in wanted], len(marked))
+        free = apart(places, [shorten(names[i]) for i in wanted], len(marked))
         for i in [wanted[k] for k in free[: len(marked) + num_labels]]:
             is_marked = i in marked
             if is_marked:
@@ -337,7 +337,7 @@ def volcano(
                 fontweight="bold" if is_marked else "normal",
                 zorder=5,
             )
-            text.set_path_effects([_halo()])
+            text.set_path_effects([halo()])
         left_out = int((~known).sum())
         if left_out:
             axes.set_title(f"not shown: {left_out:,} without a test", fontweight="normal", fontsize=8)
@@ -373,8 +373,8 @@ def gene_bars(
     blocks = [top, bottom, _marked_rest(names, highlight, top, bottom)]
     chosen = [i for block in blocks for i in block]
     gaps = np.repeat(np.arange(len(blocks)) * 0.6, [len(block) for block in blocks])
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(5.6, max(1.8, 0.19 * len(chosen) + 1.0))
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure(5.6, max(1.8, 0.19 * len(chosen) + 1.0))
         places = -(np.arange(len(chosen)) + gaps)
         colours = [PALETTE[3] if effect[i] > 0 else PALETTE[0] for i in chosen]
         axes.barh(places, effect[chosen], color=colours, height=0.72)
@@ -401,8 +401,8 @@ def _marked_rest(
 
 def accuracy_bars(rows: Sequence[tuple[str, float, tuple[float, float] | None]], label: str) -> Figure:
     """Compare methods: (name, value in 0..1, interval or None), best practice first."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(5.6, 0.45 * len(rows) + 0.9)
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure(5.6, 0.45 * len(rows) + 0.9)
         places = np.arange(len(rows))[::-1]
         values = [value for _, value, _ in rows]
         axes.barh(places, values, color=[PALETTE[0], *[MISSING] * (len(rows) - 1)], height=0.62)
@@ -432,8 +432,8 @@ def trials_scatter(
     stopped
         bool[trials].
     """
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(5.2, 3.0)
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure(5.2, 3.0)
         done = ~stopped
         axes.scatter(setting[done], score[done], s=36, c=PALETTE[0], label="ran to its end")
         if stopped.any():
@@ -452,38 +452,3 @@ def trials_scatter(
         axes.set_ylabel(score_label)
         axes.legend(loc="best")
         return figure
-
-
-def shorten(label: str, longest: int = 32) -> str:
-    """Cut a long label in its middle, and keep matplotlib from reading a `$` in it as a formula."""
-    if len(label) > longest:
-        half = (longest - 1) // 2
-        label = f"{label[: longest - 1 - half]}…{label[-half:]}"
-    return label.replace("$", r"\$")
-
-
-def _apart(places: np.ndarray, texts: Sequence[str], obstacles: int = 0) -> list[int]:
-    """Choose texts that do not cover each other, earlier ones first.
-
-    Parameters
-    ----------
-    places
-        float[texts, 2]: left ends, in points.
-    obstacles
-        So many of the first are chosen in any case.
-    """
-    chosen: list[int] = []
-    for i, text in enumerate(texts):
-        free = all(
-            abs(places[i, 1] - places[j, 1]) > 9
-            or places[i, 0] > places[j, 0] + 5 * len(texts[j])
-            or places[j, 0] > places[i, 0] + 5 * len(text)
-            for j in chosen
-        )
-        if free or i < obstacles:
-            chosen.append(i)
-    return chosen
-
-
-def _halo() -> Any:
-    return withStroke(linewidth=2.4, foreground="white")

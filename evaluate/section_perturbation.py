@@ -1,0 +1,248 @@
+"""Report section on in silico perturbation: which genes move cells towards the goal, and where named genes rank."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from corpus.store import Store
+from evaluate import plots
+from evaluate.page import Block, Details, Facts, Note, Picture, Pictures, Section, Table, Text
+from evaluate.report_inputs import read_json, read_table
+
+_COLUMNS = {
+    "symbol": "gene",
+    "ensembl_id": "Ensembl id",
+    "mean": "mean shift",
+    "ci_low": "95 % from",
+    "ci_high": "to",
+    "excess": "above matched genes",
+    "p_value": "p",
+    "fdr": "FDR",
+    "n_cells": "cells",
+    "n_donors": "donors",
+    "mean_rank": "mean rank",
+}
+
+
+def perturbation_section(perturb: str | None, stats: str | None, named: Sequence[str], top: int) -> Section:
+    """Describe a scan and its statistics.
+
+    Parameters
+    ----------
+    named
+        Symbols or Ensembl ids to look up, whatever their rank.
+    top
+        Rows from each end of the ranking.
+
+    Raises
+    ------
+    UserError
+        If a named folder lacks its files.
+    """
+    title = "In silico perturbation"
+    blocks: list[Block] = []
+    caveats = [
+        "A perturbation here edits the model's input; no cell was touched. A shift says what the model associates with "
+        "the change, not that the change would cause it, and it can be true of the data and false of the animal.",
+        "Shifts are small differences of cosines. Abundant genes, and genes near the top of the ranking, tend to shift "
+        "more whatever their function: compare a gene with matched ones before believing it.",
+    ]
+    if perturb is None:
+        blocks.append(Note("Not run: the folder of `evaluate perturb` was not part of this report."))
+    else:
+        blocks += _scan_blocks(read_json(Store(perturb), "manifest.json"))
+    if stats is None:
+        blocks.append(Note("Not run: `evaluate stats` was not part of this report."))
+        return Section("perturbation", title, blocks, caveats=caveats)
+    store = Store(stats)
+    summary = read_json(store, "summary.json")
+    genes = read_table(store, "genes.parquet", ["ensembl_id", "symbol"])
+    if not {"state", "mean", "fdr", "p_value"} <= set(genes.columns):
+        mode = (summary.get("settings") or {}).get("mode", "another mode")
+        blocks += [Text(f"Statistics of the mode {mode}."), _plain_table(genes, 2 * top)]
+        return Section("perturbation", title, blocks, caveats=caveats)
+    state = str(genes["state"][0])
+    block = genes.filter(pl.col("state") == state)
+    goal = summary.get("goal")
+    what = f"shift towards {goal}" if goal else "similarity to the unperturbed cell"
+    threshold = float((summary.get("settings") or {}).get("fdr", 0.05))
+    tested = block.filter(pl.col("p_value").is_not_null())
+    significant = tested.filter(pl.col("fdr") < threshold)
+    blocks.append(
+        Facts(
+            [
+                ("statistics", stats),
+                ("measure", what),
+                ("genes perturbed", len(block)),
+                ("genes tested", len(tested)),
+                (f"significant (FDR below {threshold:g})", len(significant)),
+                ("model", summary.get("model_checksum")),
+            ]
+        )
+    )
+    blocks += _test_blocks(block)
+    highlight = _symbols(block, named)
+    tiles = [("genes tested", f"{len(tested):,}", f"{len(significant):,} significant, {what}")]
+    if named:
+        table, named_tiles = _named(block, named)
+        blocks.append(table)
+        tiles += named_tiles
+    if len(tested):
+        blocks.append(_pictures(block, tested, what, threshold, highlight, top))
+        ranked = tested.sort("mean", "ensembl_id", descending=[True, False])
+        blocks.append(_gene_table(ranked.head(top), f"Tested genes of highest {what}."))
+        blocks.append(
+            _gene_table(ranked.tail(min(top, max(0, len(ranked) - top))).reverse(), f"Tested genes of lowest {what}.")
+        )
+    else:
+        blocks.append(Note("No gene had enough cells for a test; nothing can be ranked with confidence."))
+        ranked = block.sort("mean", "ensembl_id", descending=[True, False])
+        blocks.append(_gene_table(ranked.head(top), f"Untested genes of highest {what}."))
+    others = [str(name) for name in genes["state"].unique(maintain_order=True) if name != state]
+    for other in others:
+        part = genes.filter((pl.col("state") == other) & pl.col("p_value").is_not_null())
+        if len(part):
+            part = part.sort("mean", "ensembl_id", descending=[True, False])
+            blocks.append(_gene_table(part.head(min(top, 10)), f"Tested genes of highest shift towards {other}."))
+    return Section("perturbation", title, blocks, tiles, caveats)
+
+
+def _scan_blocks(manifest: dict[str, Any]) -> list[Block]:
+    settings = manifest.get("settings", {})
+    states = [f"{name} ({manifest.get('state_cells', {}).get(name, '?')} cells)" for name in manifest.get("states", [])]
+    readout = settings.get("readout", {})
+    facts = [
+        ("perturbation", manifest.get("perturbation")),
+        ("cells perturbed", manifest.get("num_cells")),
+        ("perturbations", manifest.get("rows")),
+        ("states (start, goal, others)", states),
+        ("readout", f"{readout.get('embedding')} of layer {readout.get('layer')}, {readout.get('precision')}"),
+        ("not applicable", [f"{number:,} {why}" for why, number in manifest.get("skipped", {}).items() if number]),
+        ("scan", manifest.get("scan_id")),
+    ]
+    return [Facts(facts)]
+
+
+def _test_blocks(block: pl.DataFrame) -> list[Block]:
+    """How genes were tested; pooled cells are a warning."""
+    if "test" not in block.columns:
+        return []
+    counts = block["test"].value_counts().sort(["count", "test"], descending=[True, False])
+    blocks: list[Block] = [
+        Table(["test", "genes"], [list(row) for row in counts.iter_rows()], "How genes were tested.")
+    ]
+    if block.filter(pl.col("p_value").is_not_null())["test"].str.contains("cells pooled").any():
+        blocks.append(
+            Note(
+                "There are too few donors to test over donors, so cells were pooled. Cells of one animal are not "
+                "independent: these p-values are too small to stand for the population."
+            )
+        )
+    return blocks
+
+
+def _named(block: pl.DataFrame, named: Sequence[str]) -> tuple[Table, list[tuple[str, str, str]]]:
+    """Ranks of genes that the reader asked for, among the tested genes and among all, 1 being the highest mean."""
+    rows: list[list[Any]] = []
+    tiles = []
+    for name in named:
+        found = block.filter((pl.col("symbol").str.to_lowercase() == name.lower()) | (pl.col("ensembl_id") == name))
+        if found.is_empty():
+            rows.append([name, None, None, None, None, None, None, None, None, "in no perturbed cell"])
+            tiles.append((f"rank of {name}", "–", "not among the perturbed genes"))
+            continue
+        gene = found.row(0, named=True)
+        tested = block.filter(pl.col("p_value").is_not_null())
+        ranks = [
+            None if out_of is tested and gene["p_value"] is None else int((out_of["mean"] > gene["mean"]).sum()) + 1
+            for out_of in (tested, block)
+        ]
+        remark = str(gene.get("test") or "")
+        rows.append(
+            [
+                gene["symbol"],
+                ranks[0],
+                len(tested),
+                ranks[1],
+                len(block),
+                gene["mean"],
+                gene["p_value"],
+                gene["fdr"],
+                gene["n_cells"],
+                remark,
+            ]
+        )
+        best, total = (ranks[0], len(tested)) if ranks[0] is not None else (ranks[1], len(block))
+        kind = "tested" if ranks[0] is not None else "perturbed (not tested)"
+        tiles.append((f"rank of {gene['symbol']}", f"{best:,}", f"of {total:,} {kind} genes"))
+    columns = [
+        "gene",
+        "rank among tested",
+        "tested",
+        "rank among all",
+        "all",
+        "mean shift",
+        "p",
+        "FDR",
+        "cells",
+        "test",
+    ]
+    return Table(columns, rows, "Named genes, wherever they rank (1 is the highest mean shift)."), tiles
+
+
+def _symbols(block: pl.DataFrame, named: Sequence[str]) -> list[str]:
+    wanted = {name.lower() for name in named}
+    found = block.filter(pl.col("symbol").str.to_lowercase().is_in(wanted) | pl.col("ensembl_id").is_in(list(named)))
+    return found["symbol"].to_list()
+
+
+def _pictures(
+    block: pl.DataFrame, tested: pl.DataFrame, what: str, threshold: float, highlight: Sequence[str], top: int
+) -> Pictures:
+    has_excess = "excess" in block.columns and block["excess"].null_count() < len(block)
+    effect = pl.coalesce("excess", "mean") if has_excess else pl.col("mean")
+    volcano = plots.volcano(
+        block.select(effect).to_series().to_numpy(),
+        block["fdr"].fill_null(np.nan).to_numpy(),
+        block["symbol"].to_list(),
+        effect_label=f"{what}, minus that of matched genes" if has_excess else what,
+        threshold=threshold,
+        highlight=highlight,
+    )
+    bars = plots.gene_bars(
+        tested["mean"].to_numpy(),
+        tested["ci_low"].fill_null(np.nan).to_numpy(),
+        tested["ci_high"].fill_null(np.nan).to_numpy(),
+        tested["symbol"].to_list(),
+        effect_label=f"mean {what}",
+        num_each=min(top, 15),
+        highlight=highlight,
+    )
+    return Pictures(
+        [
+            Picture(
+                volcano,
+                f"Volcano plot: {what} against significance",
+                "Named genes are circled. FDR: Benjamini and Hochberg.",
+            ),
+            Picture(bars, f"Genes of highest and lowest {what}", "Tested genes; lines are 95 % intervals."),
+        ]
+    )
+
+
+def _gene_table(genes: pl.DataFrame, caption: str) -> Table:
+    columns = [name for name in _COLUMNS if name in genes.columns]
+    rows = [list(row) for row in genes.select(columns).iter_rows()]
+    return Table([_COLUMNS[name] for name in columns], rows, caption)
+
+
+def _plain_table(genes: pl.DataFrame, rows: int) -> Block:
+    if genes.is_empty():
+        return Details("Genes", "none")
+    return Table(
+        genes.columns,
+        [list(row) for row in genes.head(rows).iter_rows()],
+        f"The first {min(rows, len(genes))} of {len(genes)} rows.",
+    )
