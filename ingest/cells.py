@@ -55,7 +55,7 @@ def decode_cells(stream: BinaryIO, columns: Sequence[str] | None = None) -> pa.T
         If the file is damaged.
     """
     wanted = None if columns is None else list(columns)
-    table = pq.read_table(stream, columns=wanted, page_checksum_verification=True).combine_chunks()
+    table = pq.read_table(stream, columns=wanted, use_threads=False, page_checksum_verification=True).combine_chunks()
     for name in _LONG:
         if name in table.column_names:
             place = table.schema.get_field_index(name)

@@ -135,7 +135,10 @@ def _cells_file(
     counts: GeneCounts,
     genes: pl.DataFrame,
 ) -> bytes:
-    mito = cell_sums(counts.indptr, counts.genes, counts.counts, genes["is_mitochondrial"].to_numpy())
+    mapped, mito = (
+        cell_sums(counts.indptr, counts.genes, counts.counts, which)
+        for which in (np.ones(len(genes), bool), genes["is_mitochondrial"].to_numpy())
+    )
     return encode_cells(
         {
             "cell_id": pa.array([f"{unit.inspection.dataset_id}:{barcode}" for barcode in barcodes], pa.string()),
@@ -143,6 +146,7 @@ def _cells_file(
             **{name: pa.array(values, pa.string()) for name, values in labels.items()},
             "n_counts": pa.array(counts.totals, pa.uint32()),
             "n_genes": pa.array(np.diff(counts.indptr), pa.uint32()),
+            "mapped_counts": pa.array(mapped, pa.uint32()),
             "mito_counts": pa.array(mito, pa.uint32()),
             "source_rule": pa.array(dropped, pa.string()),
         },
@@ -152,7 +156,8 @@ def _cells_file(
 
 def read_cells(unit: WorkUnit, store: Store, columns: Sequence[str] | None = None) -> pa.Table:
     """Read (some columns of) a unit's cells file."""
-    with store.open(unit.cells) as stream:
+    local = store.local_path(unit.cells)
+    with store.open(unit.cells) if local is None else pa.memory_map(str(local)) as stream:
         try:
             return decode_cells(stream, columns)
         except (OSError, pa.ArrowException) as error:
@@ -161,11 +166,13 @@ def read_cells(unit: WorkUnit, store: Store, columns: Sequence[str] | None = Non
 
 def survey(unit: WorkUnit, store: Store, wanted: np.ndarray) -> tuple[Sums, int, int, int]:
     """Sums for the dataset's window; all counts, those on mapped genes, and those on wanted genes (bool[genes])."""
-    cells = read_cells(unit, store, ["n_counts", "mito_counts", "source_rule", "genes", "counts"])
-    _, genes, counts = entries(cells)
-    mapped, inside = int(counts.sum(dtype=np.int64)), int(counts[wanted[genes]].sum(dtype=np.int64))
-    frame = pl.DataFrame(cells.select(["n_counts", "mito_counts", "source_rule"]))
-    return Sums.of(frame), int(frame["n_counts"].cast(pl.Int64).sum()), mapped, inside
+    columns = ["n_counts", "mapped_counts", "mito_counts", "source_rule"]
+    frame = pl.DataFrame(read_cells(unit, store, columns))
+    every, mapped = (int(frame[name].cast(pl.Int64).sum()) for name in ("n_counts", "mapped_counts"))
+    inside = mapped
+    if not wanted.all():  # the entries themselves are five sixths of the file: read only where they are needed
+        inside = int(cell_sums(*entries(read_cells(unit, store, ["genes", "counts"])), wanted).sum())
+    return Sums.of(frame), every, mapped, inside
 
 
 def entries(cells: pa.Table, column: str = "genes") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
