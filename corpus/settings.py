@@ -8,9 +8,9 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -20,6 +20,15 @@ from pydantic_settings import (
 )
 
 from corpus.errors import RunError, UserError
+from corpus.store import Store
+
+
+def _absolute(uri: str) -> str:
+    return Store(uri).uri if uri else uri
+
+
+Uri = Annotated[str, AfterValidator(_absolute)]
+"""A local path or `s3://...`. Local ones become absolute at once: Ray starts workers in folders of its own."""
 
 
 class Settings(BaseModel):

@@ -2,18 +2,18 @@
 
 from pydantic import Field
 
-from corpus.settings import Command
+from corpus.settings import Command, Uri
 from evaluate.settings import BaselineSettings, EncoderSettings, ReadoutPrecision, UmapSettings, WorkerSettings
 
 
 class EmbedCommand(Command):
     """Embed the cells of a corpus; write an AnnData file with X_geneformer, X_umap and the corpus's labels."""
 
-    corpus: str
+    corpus: Uri
     """The corpus, a local folder or s3://..."""
-    model: str
+    model: Uri
     """Model folder, pretrained or fine-tuned."""
-    out: str
+    out: Uri
     """The .h5ad file to write."""
     overwrite: bool = False
     """Replace `out` if it holds something else."""
@@ -35,11 +35,11 @@ class EmbedCommand(Command):
 class ClassifyCommand(Command):
     """Classify the cells of a corpus; where they have labels, score the test cells beside a baseline."""
 
-    corpus: str
+    corpus: Uri
     """The corpus, a local folder or s3://..."""
-    model: str
+    model: Uri
     """Classifier folder."""
-    out: str
+    out: Uri
     """Folder for predictions.parquet, metrics.json and confusion.png."""
     label: str | None = None
     """Column with the true labels; by default the one that the classifier was trained on."""
@@ -62,25 +62,25 @@ class ClassifyCommand(Command):
 class ReportCommand(Command):
     """Gather what was run into one HTML page that needs no network."""
 
-    out: str
+    out: Uri
     """The .html file to write; an older one is replaced."""
     title: str = "Mouse-Geneformer report"
     """Heading of the page."""
-    corpus: str | None = None
+    corpus: Uri | None = None
     """A corpus."""
-    pretrain: str | None = None
+    pretrain: Uri | None = None
     """Folder of a pretrained model."""
-    classifier: str | None = None
+    classifier: Uri | None = None
     """Folder of a fine-tuned classifier."""
-    classify: str | None = None
+    classify: Uri | None = None
     """Output folder of `evaluate classify`."""
-    tune: str | None = None
+    tune: Uri | None = None
     """Output folder of `tune run`."""
-    embedding: str | None = None
+    embedding: Uri | None = None
     """Output file of `evaluate embed`."""
-    perturb: str | None = None
+    perturb: Uri | None = None
     """Output folder of `evaluate perturb`."""
-    stats: str | None = None
+    stats: Uri | None = None
     """Output folder of `evaluate stats`."""
     named_genes: list[str] = []
     """Genes (symbols or Ensembl ids) whose rank among all genes is reported, wherever they come."""

@@ -1,6 +1,6 @@
 """The verbs `perturb` and `stats`. What they need is imported when they run: torch and Ray would slow down `--help`."""
 
-from corpus.settings import Command
+from corpus.settings import Command, Uri
 from evaluate.perturb_settings import (
     CellSettings,
     EngineSettings,
@@ -15,11 +15,11 @@ from evaluate.perturb_settings import (
 class PerturbCommand(Command):
     """Perturb genes in silico in cells of a corpus and measure how the cells' embeddings move."""
 
-    corpus: str
+    corpus: Uri
     """The corpus, a local folder or s3://..."""
-    model: str
+    model: Uri
     """Model folder."""
-    out: str
+    out: Uri
     """Folder of the shifts tables; a scan that was stopped goes on from there."""
     plan: bool = False
     """Only print cells, passes, tokens, FLOPs and the time that they would take; write nothing."""
@@ -58,9 +58,9 @@ class PerturbCommand(Command):
 class StatsCommand(Command):
     """Turn the shifts of a scan into one row per gene: effect, interval, p-value, FDR; and pictures."""
 
-    shifts: str
+    shifts: Uri
     """Folder of a finished scan."""
-    out: str
+    out: Uri
     """Folder for genes.parquet, genes.csv, summary.json and the pictures."""
     stats: StatsSettings = StatsSettings()
 

@@ -68,7 +68,7 @@ class Plan(Command, IngestSettings, Reading):
 class Run(Command, IngestSettings, Reading):
     """Ingest sources into a corpus."""
 
-    out: str
+    out: Uri
     """URI of the corpus."""
     allow_quarantine: bool = False
     """Publish without the sources that cannot be read; they are named in the report and in the manifest."""
@@ -84,7 +84,7 @@ class Run(Command, IngestSettings, Reading):
 class Add(Command, IngestSettings, Reading):
     """Add sources to a corpus, ranked with the corpus's own genes and medians."""
 
-    corpus: str
+    corpus: Uri
     """URI of the corpus."""
     allow_quarantine: bool = False
     """Publish without the sources that cannot be read; they are named in the report and in the manifest."""
@@ -102,7 +102,7 @@ class Add(Command, IngestSettings, Reading):
 class Verify(Command):
     """Check every invariant of a corpus, one line each; exit status 1 if any fails."""
 
-    corpus: CliPositionalArg[str]
+    corpus: CliPositionalArg[Uri]
     """URI of the corpus."""
 
     def run(self) -> None:
@@ -120,7 +120,7 @@ class Verify(Command):
 class Gc(Command):
     """Remove files that no manifest names, and say which."""
 
-    corpus: CliPositionalArg[str]
+    corpus: CliPositionalArg[Uri]
     """URI of the corpus."""
     older_than: timedelta = timedelta(days=7)
     """Least age, such as `7d` or `PT12H`: younger files may belong to a run that is still going on."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("runs/demo")
 CONFIGS = Path("examples/demo")
@@ -114,8 +116,8 @@ def run(step: Step, mark: str) -> float:
     status = subprocess.run([sys.executable, *step.arguments], cwd=ROOT, env=environment(), check=False).returncode
     if status:
         raise SystemExit(
-            f"\ndemo: step {step.name} failed with status {status} (its message is above). `make demo` goes on from here; "
-            f"to begin again with other settings, remove {FOLDER}"
+            f"\ndemo: step {step.name} failed with status {status} (its message is above). `make demo` goes on from "
+            f"here; to begin again with other settings, remove {FOLDER}"
         )
     seconds = time.monotonic() - start
     stamp.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +151,32 @@ def main() -> None:
 
 def figures() -> list[str]:
     """The figures that matter, from the files of the run."""
-    raise NotImplementedError
+    newest = max(path.name for path in (ROOT / FOLDER / "corpus" / "reports").glob("*.json"))
+    report, model = read_json(f"corpus/reports/{newest}"), read_json("model/metrics.json")
+    classify, tune = read_json("classify/metrics.json"), read_json("tune/summary.json")
+    scored, baseline, best = classify["model"], classify["baseline"], tune["best_metrics"]
+    genes = pl.read_parquet(ROOT / FOLDER / "stats" / "genes.parquet")
+    goal = genes.filter(pl.col("state") == "beta", pl.col("p_value").is_not_null())
+    ranked = goal.with_columns(place=pl.col("mean").rank("ordinal", descending=True))
+    arx = ranked.filter(pl.col("symbol") == "Arx")
+    if arx.is_empty():
+        switch = "Arx: in the input of too few of the scanned cells for a test"
+    else:
+        row = arx.row(0, named=True)
+        switch = (
+            f"Arx, the known switch: place {row['place']:,} of {len(ranked):,} tested genes, "
+            f"mean shift {row['mean']:.2e} ({row['ci_low']:.2e} to {row['ci_high']:.2e}), p {row['p_value']:.2g}, in {row['n_cells']} cells"
+        )
+    return [
+        f"corpus        {report['num_cells']:,} cells, {report['num_genes']:,} genes, {report['num_tokens']:,} tokens",
+        f"pretraining   held-out loss {model['heldout_loss']:.3f}; "
+        f"guessing by gene frequency {model['unigram_loss']:.3f}",
+        f"cell types    on the test donor: accuracy {scored['accuracy']:.3f}, macro F1 {scored['macro_f1']:.3f}; "
+        f"baseline (PCA, logistic regression) {baseline['accuracy']:.3f}, {baseline['macro_f1']:.3f}",
+        f"tuning        best of {sum(tune['trials'].values())} settings: test accuracy {best['test_accuracy']:.3f}, "
+        f"macro F1 {best['test_macro_f1']:.3f}",
+        f"perturbation  alpha towards beta by deletion. {switch}",
+    ]
 
 
 if __name__ == "__main__":

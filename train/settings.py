@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from corpus.hashing import digest_json
-from corpus.settings import Settings
+from corpus.settings import Settings, Uri
 from train.model import Pooling
 from train.presets import ModelSettings
 
@@ -52,7 +52,7 @@ class EngineSettings(Settings):
     """Partitioned over the workers: 0 nothing, 1 optimiser states, 2 gradients as well, 3 parameters as well."""
     precision: Precision = "auto"
     """Precision of matrix products; weights stay in float32. "auto" is bf16 on a GPU that has it, else fp32."""
-    deepspeed_json: str | None = None
+    deepspeed_json: Uri | None = None
     """A JSON file of DeepSpeed settings, laid over those made from ours."""
 
 
@@ -119,9 +119,9 @@ class TrainingOptions(Settings):
 class PretrainSettings(TrainingOptions):
     """Masked-gene pretraining of a new model."""
 
-    corpus: str
+    corpus: Uri
     """URI of the corpus."""
-    out: str
+    out: Uri
     """URI of the model folder to write."""
     model: ModelSettings = ModelSettings()
     held_out: HeldOutSettings = HeldOutSettings()
@@ -180,11 +180,11 @@ class FinetuneOptions(TrainingOptions):
 class FinetuneSettings(FinetuneOptions):
     """Fine-tuning of one model."""
 
-    corpus: str
+    corpus: Uri
     """URI of the labelled corpus."""
-    model: str
+    model: Uri
     """URI of the pretrained model folder."""
-    out: str
+    out: Uri
     """URI of the classifier folder to write."""
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from corpus.settings import Settings
+from corpus.settings import Settings, Uri
 from train.settings import FinetuneOptions, Schedule
 
 Range = tuple[float, float]
@@ -43,11 +43,11 @@ class SpaceSettings(Settings):
 class TuneSettings(Settings):
     """A search over fine-tuning settings. The best by validation macro F1 wins; it alone sees the test cells."""
 
-    corpus: str
+    corpus: Uri
     """URI of the labelled corpus."""
-    model: str
+    model: Uri
     """URI of the pretrained model folder."""
-    out: str
+    out: Uri
     """URI of the folder to write."""
     trials: int = Field(8, ge=1)
     """Settings to try."""
