@@ -165,7 +165,8 @@ def figures() -> list[str]:
         row = arx.row(0, named=True)
         switch = (
             f"Arx, the known switch: place {row['place']:,} of {len(ranked):,} tested genes, "
-            f"mean shift {row['mean']:.2e} ({row['ci_low']:.2e} to {row['ci_high']:.2e}), p {row['p_value']:.2g}, in {row['n_cells']} cells"
+            f"mean shift {row['mean']:.2e} ({row['ci_low']:.2e} to {row['ci_high']:.2e}), p {row['p_value']:.2g}, "
+            f"in {row['n_cells']} cells"
         )
     return [
         f"corpus        {report['num_cells']:,} cells, {report['num_genes']:,} genes, {report['num_tokens']:,} tokens",
