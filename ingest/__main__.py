@@ -9,7 +9,7 @@ from pydantic_settings import CliPositionalArg
 
 from corpus.errors import RunError
 from corpus.manifest import Manifest
-from corpus.settings import Command, Uri, main
+from corpus.settings import Command, Settings, Uri, main
 from corpus.store import Store
 from ingest.collect import collect
 from ingest.limits import Limits
