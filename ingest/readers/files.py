@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gzip
+import io
 import tempfile
 import zipfile
 import zlib
@@ -110,5 +111,5 @@ def open_unpacked(store: Store, name: str) -> Iterator[BinaryIO]:
                 found = ", ".join(members[:5]) or "none"
                 raise UserError(f"{store.uri}/{name}: expected one file in the archive, found {len(members)} ({found})")
             yield cast("BinaryIO", stack.enter_context(archive.open(members[0])))
-        else:
-            yield stream
+        else:  # files of object storage lack readline with a limit
+            yield stack.enter_context(io.BufferedReader(cast("io.RawIOBase", stream)))

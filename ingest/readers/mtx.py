@@ -18,7 +18,7 @@ from ingest.readers.staging import StagedRows, Transposer, staged
 from ingest.settings import Source
 
 _MATRIX = (".mtx", ".mtx.gz")
-_BLOCK_BYTES = 16_000_000
+_BLOCK_BYTES = 4_000_000
 _FEATURES, _BARCODES = ("features", "genes"), ("barcodes", "cells")
 _ENDS = (".tsv", ".txt", ".csv", ".tsv.gz", ".txt.gz", ".csv.gz")
 

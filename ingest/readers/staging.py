@@ -13,8 +13,8 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import scipy.sparse as sp
 
-_BUCKET_ENTRIES = 4_000_000
-_BUCKETS = (16, 512)
+_BUCKET_ENTRIES = 2_000_000
+_BUCKETS = (16, 900)
 _KEPT = 2
 _ENTRY = np.dtype([("row", "<u4"), ("column", "<u4"), ("value", "<f8")])
 
@@ -85,7 +85,7 @@ class Transposer:
     num_rows, num_columns
         Shape of the result.
     num_entries
-        How many entries will come, if known: buckets are made of about four million each.
+        How many entries will come, if known: buckets are made of about two million each.
     """
 
     def __init__(self, num_rows: int, num_columns: int, num_entries: int | None = None) -> None:

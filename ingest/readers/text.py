@@ -1,19 +1,17 @@
-"""Delimited text, genes x cells or cells x genes, packed or not: parsed once, by Arrow, into rows on local disk."""
+"""Delimited text, genes x cells or cells x genes, packed or not: parsed once, into rows on local disk."""
 
 import csv
-import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
 
 from corpus.errors import UserError
 from ingest.readers.files import SourceFiles, open_unpacked, source_errors
 from ingest.readers.named_rows import NamedRows
 from ingest.readers.names import choose_features
+from ingest.readers.numbers import parse_lines
 from ingest.readers.staging import StagedRows, Transposer, staged
 from ingest.settings import Source
 
@@ -22,7 +20,6 @@ GeneShare = Callable[[Sequence[str]], float]
 
 _SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", " ": "space"}
 _MAX_LINE_BYTES = 256_000_000
-_BLOCK_BYTES = 8_000_000
 _SAMPLE_LINES, _SAMPLE_BYTES = 2_000, 64_000_000
 _KIND = "a readable table of counts"
 
@@ -39,14 +36,11 @@ class Layout:
         Names above the columns of numbers.
     row_names
         The first names at the left.
-    line_bytes
-        Length of a long line.
     """
 
     separator: str
     columns: list[str]
     row_names: list[str]
-    line_bytes: int
 
 
 def open_text(
@@ -113,7 +107,7 @@ def sniff(stream: BinaryIO) -> Layout:
         row_names.append(next(iter(_fields(line[:10_000], separator))))
         seen += len(line)
         line = _line(stream)
-    return Layout(separator, names, row_names, max(len(header), len(first)))
+    return Layout(separator, names, row_names)
 
 
 def _line(stream: BinaryIO) -> str:
@@ -146,10 +140,9 @@ def _turn(stream: BinaryIO, layout: Layout) -> tuple[StagedRows, list[str]]:
     # Genes are not counted yet: any number goes until the end.
     turned = Transposer(len(layout.columns), np.iinfo(np.uint32).max)
     names: list[str] = []
-    for block_names, block in _blocks(stream, layout):
-        genes, cells = np.nonzero(block)
-        turned.add(cells, genes + len(names), block[genes, cells])
-        names += block_names
+    for lines in parse_lines(stream, layout.separator, len(layout.columns), _MAX_LINE_BYTES):
+        turned.add(lines.columns, lines.rows + len(names), lines.values)
+        names += lines.names
     rows = turned.finish()
     rows.num_columns = len(names)
     return rows, names
@@ -157,31 +150,9 @@ def _turn(stream: BinaryIO, layout: Layout) -> tuple[StagedRows, list[str]]:
 
 def _append(stream: BinaryIO, layout: Layout) -> tuple[StagedRows, list[str]]:
     """Read cells x genes."""
-    rows, names = StagedRows(len(layout.columns)), []
-    for block_names, block in _blocks(stream, layout):
-        cells, genes = np.nonzero(block)
-        rows.append(np.bincount(cells, minlength=len(block)), genes, block[cells, genes])
-        names += block_names
+    rows = StagedRows(len(layout.columns))
+    names: list[str] = []
+    for lines in parse_lines(stream, layout.separator, len(layout.columns), _MAX_LINE_BYTES):
+        rows.append(np.bincount(lines.rows, minlength=len(lines.names)), lines.columns, lines.values)
+        names += lines.names
     return rows, names
-
-
-def _blocks(stream: BinaryIO, layout: Layout) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yield some rows at a time: their names, and their numbers as float64[rows, columns]."""
-    lines = io.BufferedReader(cast("io.RawIOBase", stream), _BLOCK_BYTES)
-    if not layout.row_names:
-        return
-    names = [str(number) for number in range(len(layout.columns) + 1)]  # names above may repeat; numbers do not
-    types = {name: pa.float64() for name in names} | {names[0]: pa.string()}
-    # Later lines may be longer than the first: twenty bytes for each number are enough for any.
-    size = max(_BLOCK_BYTES, layout.line_bytes + 20 * len(names))
-    with pa.csv.open_csv(
-        pa.PythonFile(lines, mode="r"),
-        read_options=pa.csv.ReadOptions(column_names=names, block_size=size, use_threads=False),
-        parse_options=pa.csv.ParseOptions(delimiter=layout.separator),
-        convert_options=pa.csv.ConvertOptions(column_types=types, null_values=[], strings_can_be_null=False),
-    ) as blocks:
-        for block in blocks:
-            numbers = np.empty((block.num_rows, len(names) - 1))
-            for i, column in enumerate(block.columns[1:]):
-                numbers[:, i] = column.to_numpy()
-            yield block.column(0).to_pylist(), numbers

@@ -89,9 +89,9 @@ def text(tmp_path: Path, lines: str, name: str = "t.tsv", **settings: str) -> So
     ("lines", "message"),
     [
         ("", "first line is empty"),
-        ("g\tc1\tc2\nSox2\t1\t2\nSox17\t1\n", "Expected 3 columns, got 2"),
-        ("g\tc1\tc2\nSox2\t1\t2\nSox17\t1\tNA\n", "NA"),
-        ("g\tc1\tc2\nSox2\t1\t\n", "invalid value ''"),
+        ("g\tc1\tc2\nSox2\t1\t2\nSox17\t1\n", r"line 2 of the numbers \('Sox17'\) has 1 fields after"),
+        ("g\tc1\tc2\nSox2\t1\t2\nSox17\t1\tNA\n", r"'NA' in line 2 of the numbers \('Sox17'\), field 2: no number"),
+        ("g\tc1\tc2\nSox2\t1\t\n", "'' in line 1 of the numbers .*no number"),
         ("g\tc1\tc2\nSox2\t1\t2\t3\t4\n", "no separator"),
         ("g\tcell_type\tSox2\nc1\tB cell\t2\n", "B cell"),
         ("a\tb\nx\t1\ny\t2\n", "which way does it lie"),
