@@ -85,7 +85,7 @@ class SlowCorpus:
 
 
 def slow_ingest(toys: Iterable[Toy]) -> SlowCorpus:
-    """Ingest with the default rules, cell by cell, in plain Python; shares no code with the product but the gene table."""
+    """Ingest with the default rules, cell by cell, in plain Python; shares only the gene table with the product."""
     genes = load_genes("mouse")
     ids = set(genes["ensembl_id"])
     mitochondrial = set(genes.filter(genes["is_mitochondrial"])["ensembl_id"])
