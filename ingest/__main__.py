@@ -141,5 +141,6 @@ def _rules(command: IngestSettings) -> IngestSettings:
 VERBS: dict[str, type[Command]] = {"sample": Sample, "plan": Plan, "run": Run, "add": Add, "verify": Verify, "gc": Gc}
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("ingest").setLevel(logging.INFO)  # and not botocore, which tells where it found credentials
     sys.exit(main("ingest", VERBS))
