@@ -81,6 +81,7 @@ def _search(settings: TuneSettings) -> list[dict[str, Any]]:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # Our own files hold what these loggers would write, and each costs an import.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     storage = f"{settings.out}/ray" if "://" in settings.out else str(Path(settings.out).absolute() / "ray")
     trainable = ray.tune.with_resources(
         functools.partial(run_trial, settings=settings), _resources(settings.finetune.workers)
@@ -98,6 +99,7 @@ def _search(settings: TuneSettings) -> list[dict[str, Any]]:
             tune_config=ray.tune.TuneConfig(
                 num_samples=settings.trials,
                 max_concurrent_trials=settings.concurrent,
+                trial_dirname_creator=_trial_folder,
                 search_alg=ray.tune.search.basic_variant.BasicVariantGenerator(random_state=settings.seed),
                 scheduler=ray.tune.schedulers.ASHAScheduler(
                     time_attr="epoch",
@@ -120,9 +122,13 @@ def _search(settings: TuneSettings) -> list[dict[str, Any]]:
     return [_row(settings, results[i]) for i in range(len(results))]
 
 
+def _trial_folder(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
 def _row(settings: TuneSettings, result: Any) -> dict[str, Any]:
     found = result.metrics or {}
-    trial = found.get("trial_id") or Path(result.path).name
+    trial = Path(result.path).name
     done = output.finished(Store(f"{settings.out}/trials/{trial}")) is not None
     return {
         "trial": trial,

@@ -47,17 +47,46 @@ def run_trial(point: dict[str, Any], settings: TuneSettings) -> None:
     if workers.count == 1:
         use_threads(settings.concurrent)
         world = single_process(trial_device(workers.device))
-        loop.run(task, finetune.out, world, emit=print, report=ray.tune.report)
-        return
-    fit(
-        "finetune",
-        finetune.model_dump(mode="json"),
-        workers,
-        store,
-        settings_hash(identity),
-        measured=(VALIDATION,),
-        callbacks=[ray.tune.integration.ray_train.TuneReportCallback()],
-    )
+        metrics = loop.run(task, finetune.out, world, emit=print, report=_ReportEarly(finetune.epochs))
+    else:
+        metrics = fit(
+            "finetune",
+            finetune.model_dump(mode="json"),
+            workers,
+            store,
+            settings_hash(identity),
+            callbacks=[_ReportEarlyFromWorkers(finetune.epochs)],
+            measured=(VALIDATION,),
+        )
+    score = metrics[FinetuneTask.score]
+    ray.tune.report({"epoch": float(finetune.epochs), FinetuneTask.score: score, SCORE: score})
+
+
+class _ReportEarly:
+    """Passes on all epochs but the last: that one is reported when the model is written.
+
+    ASHA ends a trial as soon as it hears of the last epoch.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if record["epoch"] < self.epochs:
+            ray.tune.report(record)
+
+
+class _ReportEarlyFromWorkers(ray.tune.integration.ray_train.TuneReportCallback):
+    """The same for a worker group of Ray Train."""
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__()
+        self.epochs = epochs
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Hear what the workers have reported."""
+        if metrics[0]["epoch"] < self.epochs:
+            super().after_report(run_context, metrics, checkpoint)
 
 
 def finish_best(settings: TuneSettings, options: FinetuneOptions, trial: str) -> dict[str, Any]:
