@@ -24,6 +24,8 @@ _SCHEME = "census://"
 _JOIN = "soma_joinid"
 _OPTIONS = ("version", "uri", "filter")
 _CELLS_AT_ONCE = 5_000
+# By default the client sets a gigabyte aside for each column that it reads.
+_BUFFER, _BUFFER_BYTES = "soma.init_buffer_bytes", 32 * 1024**2
 
 
 class Census:
@@ -49,7 +51,9 @@ class Census:
             version = self._options.get("version", "stable")
             if "uri" not in self._options:  # `stable` moves on; the build that it means today does not
                 version = str(client.get_census_version_description(version)["release_build"])
-            self._census = client.open_soma(census_version=version, uri=self._options.get("uri"))
+            self._census = client.open_soma(
+                census_version=version, uri=self._options.get("uri"), tiledb_config={_BUFFER: _BUFFER_BYTES}
+            )
             self._experiment = self._census["census_data"][self.organism]
             obs = self._experiment.obs
             self._columns = [name for name in obs.schema.names if not name.startswith("soma_")]
