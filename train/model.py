@@ -280,6 +280,10 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(config.hidden_size, num_labels)
         _initialise(self, config)
+        if pooling == "mean":
+            # Means over hundreds of genes differ little from cell to cell: a random projection by small weights would
+            # hide the differences, and training would begin with many steps in which only class frequencies are learnt.
+            nn.init.eye_(self.bert.pooler["dense"].weight)
 
     def forward(self, packed: Packed) -> Tensor:
         """Classify cells.
