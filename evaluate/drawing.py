@@ -1,7 +1,8 @@
 """What all pictures share: style, colours, labels that do not collide, and how a figure becomes a file.
 
 Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with any common colour vision can
-tell apart (yellow darkened to show on white, black softened); where there are more classes than colours, markers change too and groups are named in the picture.
+tell apart (yellow darkened to show on white, black softened); where there are more classes than colours, markers change
+too and groups are named in the picture.
 """
 
 import io

@@ -148,7 +148,8 @@ def loss_curves(
             axes.axhline(unigram_loss, color="#666666", linestyle="--", linewidth=1.1, label="gene frequencies alone")
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(f"loss ({unit})")
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
         return figure
 
 
@@ -303,7 +304,7 @@ def volcano(
     floor = float(positive.min()) / 10 if len(positive) else 1e-3
     height = -np.log10(np.maximum(np.where(known, fdr, 1.0), floor))
     with mpl.rc_context(STYLE):
-        figure, axes = new_figure(6.4, 4.2)
+        figure, axes = new_figure(5.4, 4.2)
         strong = known & (fdr < threshold)
         for mask, colour, label in (
             (known & ~strong, MISSING, f"{significance_label} ≥ {threshold:g} ({int((known & ~strong).sum()):,})"),
@@ -374,7 +375,7 @@ def gene_bars(
     chosen = [i for block in blocks for i in block]
     gaps = np.repeat(np.arange(len(blocks)) * 0.6, [len(block) for block in blocks])
     with mpl.rc_context(STYLE):
-        figure, axes = new_figure(5.6, max(1.8, 0.19 * len(chosen) + 1.0))
+        figure, axes = new_figure(4.8, max(1.8, 0.19 * len(chosen) + 1.0))
         places = -(np.arange(len(chosen)) + gaps)
         colours = [PALETTE[3] if effect[i] > 0 else PALETTE[0] for i in chosen]
         axes.barh(places, effect[chosen], color=colours, height=0.72)

@@ -11,13 +11,19 @@ from evaluate.page import Block, Facts, Note, Picture, Pictures, Section, Table,
 from evaluate.report_inputs import read_json
 
 RULES = {
-    "counts_outside_sd": "total counts outside the bounds around the dataset's mean",
-    "mito_outside_sd": "mitochondrial counts outside the bounds around the dataset's mean",
+    "obs_filter": "labels that the settings leave out",
+    "not_primary_data": "copies of cells of another dataset",
+    "no_counts": "no counts",
     "above_max_counts": "more counts than the highest total allowed",
-    "too_few_genes": "too few genes detected",
-    "zero_counts": "no counts",
+    "below_min_genes": "too few genes detected",
+    "above_mito_fraction": "too large a mitochondrial share",
+    "counts_outside_sd": "total counts outside the bounds around the dataset's mean",
+    "mito_counts_outside_sd": "mitochondrial counts outside the bounds around the dataset's mean",
+    "doublet": "called a doublet",
+    "duplicate_of_another_cell": "same counts as another cell",
     "no_vocabulary_genes": "no gene of the vocabulary",
 }
+"""What the rules of quality control mean; a rule that is not listed here is shown by its name alone."""
 _MAX_LINES = 3
 
 
@@ -95,7 +101,7 @@ def _dropped_table(read: int, kept: int, dropped: Counter[str]) -> Table:
     return Table(
         ["rule", "meaning", "cells", "share"],
         rows,
-        "Cells dropped by each rule, counted under the first that fits, and kept.",
+        "Cells dropped, each counted under the rule that dropped it, and kept.",
     )
 
 

@@ -78,7 +78,7 @@ def perturbation_section(perturb: str | None, stats: str | None, named: Sequence
                 ("genes perturbed", len(block)),
                 ("genes tested", len(tested)),
                 (f"significant (FDR below {threshold:g})", len(significant)),
-                ("model", summary.get("model_checksum")),
+                ("model checksum", str(summary.get("model_checksum"))[:16]),
             ]
         )
     )
@@ -120,7 +120,7 @@ def _scan_blocks(manifest: dict[str, Any]) -> list[Block]:
         ("states (start, goal, others)", states),
         ("readout", f"{readout.get('embedding')} of layer {readout.get('layer')}, {readout.get('precision')}"),
         ("not applicable", [f"{number:,} {why}" for why, number in manifest.get("skipped", {}).items() if number]),
-        ("scan", manifest.get("scan_id")),
+        ("scan", str(manifest.get("scan_id"))[:16]),
     ]
     return [Facts(facts)]
 
