@@ -6,7 +6,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import torch
 from pydantic import ValidationError
 
 from corpus.errors import UserError
