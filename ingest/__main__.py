@@ -54,7 +54,8 @@ class Plan(Command, IngestSettings, Reading):
         found = {unit.inspection.dataset_id: unit.inspection for unit in units}
         for name, source in found.items():
             number = sum(unit.inspection.dataset_id == name for unit in units)
-            mapped = f"{source.mapping.mapped:,} of {source.mapping.features:,}, {source.layer}"
+            how = ", ".join([source.layer, *(f"{what} {value}" for what, value in source.detected.items())])
+            mapped = f"{source.mapping.mapped:,} of {source.mapping.features:,}, {how}"
             megabytes = source.size_bytes / 1e6
             print(
                 f"{name:<32}{number:>7,}{source.num_cells:>12,}{source.num_entries:>15,}{megabytes:>10,.1f}  {mapped}"

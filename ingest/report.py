@@ -39,6 +39,7 @@ class DatasetReport(Record):
     source: str
     source_sha256: str
     layer: str
+    detected: dict[str, str] = {}
     cells_read: int
     cells_kept: int
     dropped: dict[str, int]
@@ -94,7 +95,8 @@ class Report(Record):
         for name, dataset in self.datasets.items():
             mapping = dataset.mapping
             inside = mapping.umi_share_in_vocabulary
-            text.append(f"{name}: {dataset.cells_kept:,} of {dataset.cells_read:,} cells kept ({dataset.layer})")
+            found = ", ".join([dataset.layer, *(f"{what} {value}" for what, value in dataset.detected.items())])
+            text.append(f"{name}: {dataset.cells_kept:,} of {dataset.cells_read:,} cells kept ({found})")
             text += [f"  dropped, {rule}: {number:,}" for rule, number in dataset.dropped.items()]
             text += [f"  kept only {column} in {', '.join(values)}" for column, values in dataset.obs_filters.items()]
             text += [f"  {_told(sample, search)}" for sample, search in dataset.doublets.items()]
@@ -164,6 +166,7 @@ def account(
             source=found.source.uri,
             source_sha256=found.sha256,
             layer=found.layer,
+            detected=found.detected,
             cells_read=found.num_cells,
             cells_kept=sum(unit.rows for unit in own),
             dropped=dict(sorted(dropped.items())),
