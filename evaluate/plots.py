@@ -429,23 +429,27 @@ def trials_scatter(
     Parameters
     ----------
     setting, score
-        float[trials].
+        float[trials]; trials without a score are left out.
     stopped
         bool[trials].
     """
+    known = np.isfinite(setting) & np.isfinite(score)
+    setting, score, stopped = setting[known], score[known], stopped[known]
     with mpl.rc_context(STYLE):
         figure, axes = new_figure(5.2, 3.0)
+        if not len(score):
+            axes.text(0.5, 0.5, "no trial has a score", ha="center", va="center", transform=axes.transAxes)
+            return figure
         done = ~stopped
         axes.scatter(setting[done], score[done], s=36, c=PALETTE[0], label="ran to its end")
         if stopped.any():
             axes.scatter(
                 setting[stopped], score[stopped], s=36, facecolors="none", edgecolors=PALETTE[3], label="stopped early"
             )
-        if np.isfinite(score).any():
-            best = int(np.nanargmax(score))
-            axes.annotate(
-                "best", (setting[best], score[best]), xytext=(6, 4), textcoords="offset points", fontweight="bold"
-            )
+        best = int(np.argmax(score))
+        axes.annotate(
+            "best", (setting[best], score[best]), xytext=(6, 4), textcoords="offset points", fontweight="bold"
+        )
         if log:
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
