@@ -71,15 +71,13 @@ def shorten(label: str, longest: int = 32) -> str:
     return label.replace("$", r"\$")
 
 
-def apart(places: np.ndarray, texts: Sequence[str], obstacles: int = 0) -> list[int]:
+def apart(places: np.ndarray, texts: Sequence[str]) -> list[int]:
     """Choose texts that do not cover each other, earlier ones first.
 
     Parameters
     ----------
     places
         float[texts, 2]: left ends, in points.
-    obstacles
-        So many of the first are chosen in any case.
     """
     chosen: list[int] = []
     for i, text in enumerate(texts):
@@ -89,7 +87,7 @@ def apart(places: np.ndarray, texts: Sequence[str], obstacles: int = 0) -> list[
             or places[j, 0] > places[i, 0] + 5 * len(text)
             for j in chosen
         )
-        if free or i < obstacles:
+        if free:
             chosen.append(i)
     return chosen
 

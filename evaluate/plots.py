@@ -324,11 +324,9 @@ def volcano(
         wanted = [*marked, *(int(i) for i in ranked[: 4 * num_labels] if i not in marked)]
         figure.draw_without_rendering()
         places = axes.transData.transform(np.column_stack([effect[wanted], height[wanted]])) * 72 / figure.dpi
-        free = apart(places, [shorten(names[i]) for i in wanted], len(marked))
-        for i in [wanted[k] for k in free[: len(marked) + num_labels]]:
+        axes.scatter(effect[marked], height[marked], s=42, facecolors="none", edgecolors=INK, linewidths=1.3, zorder=4)
+        for i in [wanted[k] for k in apart(places, [shorten(names[i]) for i in wanted])[: len(marked) + num_labels]]:
             is_marked = i in marked
-            if is_marked:
-                axes.scatter(effect[i], height[i], s=42, facecolors="none", edgecolors=INK, linewidths=1.3, zorder=4)
             text = axes.annotate(
                 shorten(names[i]),
                 (effect[i], height[i]),
@@ -452,6 +450,9 @@ def trials_scatter(
         )
         if log:
             axes.set_xscale("log")
+            narrow = setting.max() / setting.min() < 200
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(setting_label)
         axes.set_ylabel(score_label)

@@ -12,6 +12,8 @@ from evaluate.outputs import OutputFile
 from evaluate.page import Block, Facts, Note, Picture, Pictures, Section
 
 _MAX_POINTS = 50_000
+_MAX_COMPARED = 5_000
+_ALIKE = 0.999
 _COLOURS = {"cell_type": "Cell type", "donor_id": "Donor", "dataset_id": "Dataset"}
 
 
@@ -33,15 +35,25 @@ def embedding_section(uri: str) -> Section:
                 name: _scalar(item) for name, item in file["uns/geneformer"].items() if isinstance(item, h5py.Dataset)
             }
             points = file[f"obsm/{UMAP}"][:] if UMAP in file["obsm"] else None
+            alike = likeness(file[f"obsm/{EMBEDDING}"][:: max(1, number // _MAX_COMPARED)])
             groups = {name: _labels(file["obs"], name) for name in _COLOURS}
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{target}: not a file written by `evaluate embed`: {error}") from error
     shown = ("model", "model_kind", "model_checksum", "genes_hash", "layer", "embedding", "precision", "seed")
-    blocks: list[Block] = [
-        Facts(
-            [("cells", number), ("dimensions", width), *((name.replace("_", " "), facts.get(name)) for name in shown)]
-        )
+    about = [
+        ("cells", number),
+        ("dimensions", width),
+        ("mean cosine between two cells", f"{alike:.6f}"),
+        *((name.replace("_", " "), facts.get(name)) for name in shown),
     ]
+    blocks: list[Block] = [Facts(about)]
+    if alike > _ALIKE:
+        blocks.append(
+            Note(
+                f"All cells have nearly the same embedding (mean cosine between two cells {alike:.6f}): the model has "
+                "learned little that differs between cells, and what the picture shows may be their depth alone."
+            )
+        )
     if points is None:
         blocks.append(Note("No UMAP in this file: it was switched off when the cells were embedded."))
         return Section("embedding", "Embedding", blocks)
@@ -67,6 +79,23 @@ def embedding_section(uri: str) -> Section:
         "little. Cells that group by donor more than by type point to technical differences that the model has learned."
     ]
     return Section("embedding", "Embedding", blocks, caveats=caveats)
+
+
+def likeness(embedding: np.ndarray) -> float:
+    """Mean cosine between two different cells; NaN for a single one.
+
+    Parameters
+    ----------
+    embedding
+        float32[cells, d].
+    """
+    unit = embedding.astype(np.float64)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    number = len(unit)
+    if number < 2:
+        return float("nan")
+    total = float(np.square(unit.sum(axis=0)).sum())
+    return (total - float(np.square(unit).sum())) / (number * (number - 1))
 
 
 def _labels(obs: Any, name: str) -> list[str | None] | None:

@@ -11,6 +11,8 @@ from evaluate import plots
 from evaluate.page import Block, Details, Facts, Note, Picture, Pictures, Section, Table, Text
 from evaluate.report_inputs import read_json, read_table
 
+_SINGLE_PRECISION = float(np.finfo(np.float32).eps)
+
 _COLUMNS = {
     "symbol": "gene",
     "ensembl_id": "Ensembl id",
@@ -82,6 +84,7 @@ def perturbation_section(perturb: str | None, stats: str | None, named: Sequence
             ]
         )
     )
+    blocks += _size_blocks(tested, summary)
     blocks += _test_blocks(block)
     highlight = _symbols(block, named)
     tiles = [("genes tested", f"{len(tested):,}", f"{len(significant):,} significant, {what}")]
@@ -123,6 +126,27 @@ def _scan_blocks(manifest: dict[str, Any]) -> list[Block]:
         ("scan", str(manifest.get("scan_id"))[:16]),
     ]
     return [Facts(facts)]
+
+
+def _size_blocks(tested: pl.DataFrame, summary: dict[str, Any]) -> list[Block]:
+    """Whether the shifts are large enough to mean anything."""
+    if tested.is_empty():
+        return []
+    largest = float(tested["mean"].abs().max() or 0)  # type: ignore[arg-type]
+    noise = (summary.get("noise") or {}).get("shift")
+    facts: list[tuple[str, Any]] = [("largest mean shift", largest)]
+    if noise is not None:
+        facts.append(("shift by rounding alone", float(noise)))
+    blocks: list[Block] = [Facts(facts)]
+    if summary.get("goal") and largest < _SINGLE_PRECISION:
+        blocks.append(
+            Note(
+                f"No gene shifts the cells by more than {largest:.1e}, which is less than single precision resolves "
+                f"({_SINGLE_PRECISION:.1e}): to this model the states are the same. The order of the genes below, and "
+                "their significance, say nothing about biology."
+            )
+        )
+    return blocks
 
 
 def _test_blocks(block: pl.DataFrame) -> list[Block]:

@@ -147,6 +147,11 @@ def _score_blocks(metrics: dict[str, Any]) -> list[Block]:
             columns, rows, "On the test cells. All methods are trained on the same cells and tested on the same others."
         )
     )
+    called = [row["label"] for row in model["per_class"] if row["predicted"]]
+    if len(called) == 1:
+        blocks.append(
+            Note(f"The network calls every test cell {called[0]}: it has not learned to tell the classes apart.")
+        )
     blocks += _verdict(metrics)
     bars = [(plots.shorten(name), block["accuracy"], tuple(block["accuracy_ci"])) for name, block in methods]
     blocks.append(
