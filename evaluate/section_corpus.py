@@ -64,8 +64,8 @@ def corpus_section(uri: str, max_length: int | None) -> Section:
     if report is None:
         blocks.append(
             Note(
-                f"No ingest report (reports/{corpus.manifest.number:06d}.json) in this corpus: thresholds, gene "
-                "mapping and the cells before quality control cannot be shown."
+                "The manifest of this corpus names no ingest report: thresholds, gene mapping and the cells before "
+                "quality control cannot be shown."
             )
         )
     else:
@@ -87,8 +87,7 @@ def corpus_section(uri: str, max_length: int | None) -> Section:
 
 
 def _ingest_report(corpus: Corpus) -> dict[str, Any] | None:
-    name = f"reports/{corpus.manifest.number:06d}.json"
-    return read_json(corpus.store, name) if corpus.store.exists(name) else None
+    return read_json(corpus.store, corpus.manifest.report) if corpus.manifest.report else None
 
 
 def _dropped_table(read: int, kept: int, dropped: Counter[str]) -> Table:

@@ -35,11 +35,13 @@ def write_corpus(
     donors: Sequence[str] = ("d1", "d2", "d3"),
     separable: bool = True,
     seed: int = 0,
+    report: str = "",
 ) -> Path:
     """Write a published corpus of random cells.
 
     Labels go round: cell i has type `i % len(cell_types)` and donor `i // len(cell_types) % len(donors)`. With
-    `separable`, each type has its own block of highly counted genes, so that a classifier can learn the types.
+    `separable`, each type has its own block of highly counted genes, so that a classifier can learn the types. The
+    manifest names `report`, which the caller writes.
     """
     rng = np.random.default_rng(seed)
     store = Store(folder)
@@ -83,6 +85,12 @@ def write_corpus(
         }
         units.append(write_shard(store, table, unit_id=f"{shard:064x}", source=source, dropped={}))
     Manifest(
-        number=1, plan="toy", genes=genes.path, genes_hash=genes.hash, obs_columns=list(OBS_COLUMNS), units=units
+        number=1,
+        plan="toy",
+        report=report,
+        genes=genes.path,
+        genes_hash=genes.hash,
+        obs_columns=list(OBS_COLUMNS),
+        units=units,
     ).publish(store)
     return folder

@@ -21,6 +21,7 @@ from evaluate.metrics import classification_metrics
 from evaluate.page import format_cell
 from evaluate.report import build_sections, write_report
 from evaluate.report_inputs import read_json_lines, series
+from evaluate.section_embedding import likeness
 from tests.factories import write_corpus
 
 EVIL = "<script>alert('x')</script> $\\alpha_ & \"q\""
@@ -60,7 +61,9 @@ class Page(HTMLParser):
 @pytest.fixture
 def inputs(tmp_path: Path) -> dict[str, str]:
     """One output of each command, with hostile labels in all of them."""
-    corpus = write_corpus(tmp_path / "corpus", cell_types=("alpha", EVIL), donors=("d1", "d2"))
+    corpus = write_corpus(
+        tmp_path / "corpus", cell_types=("alpha", EVIL), donors=("d1", "d2"), report="reports/000001.json"
+    )
     write_ingest_report(corpus)
     write_training(tmp_path / "model", {"heldout_loss": 3.5, "unigram_loss": 4.25, "heldout_accuracy": 0.1, "steps": 3})
     write_training(
@@ -171,12 +174,12 @@ def write_search(folder: Path) -> None:
     write_json(folder / "summary.json", summary)
 
 
-def write_embedding(path: Path, umap: bool = True) -> None:
+def write_embedding(path: Path, umap: bool = True, embedding: np.ndarray | None = None) -> None:
     obs = pd.DataFrame(
         {"cell_type": pd.Categorical(["alpha", EVIL, None]), "donor_id": pd.Categorical(["d1", "d1", "d2"])},
         index=["c1", "c2", "c3"],
     )
-    obsm = {"X_geneformer": np.zeros((3, 4), np.float32)}
+    obsm = {"X_geneformer": (np.eye(3, 4) if embedding is None else embedding).astype(np.float32)}
     if umap:
         obsm["X_umap"] = np.arange(6, dtype=np.float32).reshape(3, 2)
     anndata.AnnData(obs=obs, obsm=obsm, uns={"geneformer": {"layer": "last", "model": EVIL}}).write_h5ad(path)
@@ -278,13 +281,13 @@ def test_what_was_not_run_is_said(inputs: dict[str, str], tmp_path: Path, given:
 
 def test_a_corpus_without_an_ingest_report_says_so(tmp_path: Path) -> None:
     _, page = report(tmp_path, corpus=str(write_corpus(tmp_path / "corpus", donors=())))
-    assert "No ingest report (reports/000001.json)" in page.text
+    assert "names no ingest report" in page.text
     assert "no donor_id labels" in page.text
     assert "No mitochondrial counts at all" in page.text
 
 
 def test_stored_histograms_show_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = write_corpus(tmp_path / "corpus")
+    corpus = write_corpus(tmp_path / "corpus", report="reports/000001.json")
     bins = {"before": {"n_genes": [0, 7, 60]}, "after": {"n_genes": [0, 0, 60]}}
     dataset = {"cells_read": 67, "cells_kept": 60, "histograms": bins}
     write_json(
@@ -410,3 +413,31 @@ def test_the_corpus_section_counts_every_cell(tmp_path: Path) -> None:
     settings = ReportCommand(out=str(tmp_path / "r.html"), corpus=str(folder))
     section = build_sections(settings)[0]
     assert section.tiles[0] == ("cells", f"{len(Corpus(folder)):,}", "0 of 60 dropped")
+
+
+def test_a_model_that_has_learned_nothing_is_called_so(inputs: dict[str, str], tmp_path: Path) -> None:
+    """One class for all cells, one embedding for all cells, shifts below single precision."""
+    metrics_file = Path(inputs["classify"]) / "metrics.json"
+    metrics = json.loads(metrics_file.read_text())
+    metrics["model"] = classification_metrics(np.array([0, 0, 1]), np.zeros(3, np.int64), ["alpha", "beta"])
+    metrics_file.write_text(json.dumps(metrics))
+    write_embedding(tmp_path / "e.h5ad", embedding=np.ones((3, 4)) + 1e-6 * np.eye(3, 4))
+    genes_file = Path(inputs["stats"]) / "genes.parquet"
+    pl.read_parquet(genes_file).with_columns(pl.col("mean") * 1e-9).write_parquet(genes_file)
+    _, page = report(tmp_path, **inputs)
+    assert "calls every test cell alpha" in page.text
+    assert "All cells have nearly the same embedding" in page.text
+    assert "No gene shifts the cells by more than 3.0e-11" in page.text
+
+
+def test_a_model_that_has_learned_something_is_not(inputs: dict[str, str], tmp_path: Path) -> None:
+    _, page = report(tmp_path, **inputs)
+    for phrase in ("calls every test cell", "nearly the same embedding", "No gene shifts the cells"):
+        assert phrase not in page.text
+
+
+def test_likeness_is_the_mean_over_pairs() -> None:
+    embedding = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    unit = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
+    cosines = (unit @ unit.T)[np.triu_indices(7, 1)]
+    assert likeness(embedding) == pytest.approx(cosines.mean(), abs=1e-6)
