@@ -16,7 +16,9 @@ from corpus.store import Store
 from ingest.verify import verify
 from tests.factories_ingest import Toy, write_toy
 
-pytestmark = [pytest.mark.chaos, pytest.mark.ray]
+# Several runs, each of which starts a cluster of its own; a busy machine takes longer than Ray's 30 s for that.
+pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(1_800)]
+PATIENT = os.environ | {"RAY_raylet_start_wait_time_s": "180"}
 
 
 def command(config: Path, out: Path) -> list[str]:
@@ -24,7 +26,9 @@ def command(config: Path, out: Path) -> list[str]:
 
 
 def ingest(config: Path, out: Path, repository: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(config, out), cwd=repository, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command(config, out), cwd=repository, env=PATIENT, capture_output=True, text=True, check=False
+    )
 
 
 def content(out: Path) -> list[tuple[str, str]]:
@@ -47,14 +51,16 @@ def killed(config: Path, out: Path, repository: Path, when: Callable[[Path], boo
     """Run until something is there, then kill the driver with SIGKILL; False if it ended before."""
     log = out.with_suffix(".log")
     with log.open("w") as stream:
-        process = subprocess.Popen(command(config, out), cwd=repository, stdout=stream, stderr=stream)
-    deadline = time.monotonic() + 200
-    while process.poll() is None and not when(out):
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.005)
-    early = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        process = subprocess.Popen(command(config, out), cwd=repository, env=PATIENT, stdout=stream, stderr=stream)
+    deadline, early = time.monotonic() + 600, True
+    try:
+        while early and not when(out):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.005)
+            early = process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
     return early
 
 
@@ -119,7 +125,7 @@ def test_workers_are_killed_while_the_run_goes_on(
 ) -> None:
     out = tmp_path / "corpus"
     with (tmp_path / "log").open("w") as stream:
-        process = subprocess.Popen(command(config, out), cwd=repository, stdout=stream, stderr=stream)
+        process = subprocess.Popen(command(config, out), cwd=repository, env=PATIENT, stdout=stream, stderr=stream)
     kills = 0
     while process.poll() is None:
         time.sleep(3)
