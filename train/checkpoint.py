@@ -156,7 +156,7 @@ def load_newest(store: Store, engine: Any, world: World, settings_hash: str) -> 
     for step in world.from_first(list(reversed(steps(store)))):
         manifest = world.from_first(_read_manifest(store, step, settings_hash) if world.is_first else "")
         if isinstance(manifest, str):
-            skipped.append(manifest)
+            skipped += [manifest] if manifest else []
             continue
         if manifest.world_size != world.size:
             raise UserError(
@@ -210,8 +210,10 @@ def _remove(store: Store, folder: str) -> None:
 
 
 def _read_manifest(store: Store, step: int, settings_hash: str) -> CheckpointManifest | str:
-    """Read and judge a manifest; a text says why its checkpoint cannot be used."""
+    """Read and judge a manifest; a text says why its checkpoint cannot be used (empty: there is nothing at all)."""
     name = f"{store.uri}/{_folder(step)}"
+    if not store.names(_folder(step)):
+        return ""  # some object stores remember the folders of removed files
     if not store.exists(f"{_folder(step)}/{MANIFEST}"):
         return f"{name}: skipped, it was not finished (no {MANIFEST})"
     try:
