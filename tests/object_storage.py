@@ -65,6 +65,8 @@ def s3_server() -> Iterator[str]:
     try:
         endpoint = f"http://127.0.0.1:{ports['s3.port']}"
         _wait_for(endpoint, process, folder / "log")
+        # s3fs keeps one file system for each set of arguments, and the endpoint is none of them.
+        s3fs.S3FileSystem.clear_instance_cache()
         yield endpoint
     finally:
         process.terminate()
