@@ -283,7 +283,7 @@ class Classifier(nn.Module):
         if pooling == "mean":
             # Means over hundreds of genes differ little from cell to cell: a random projection by small weights would
             # hide the differences, and training would begin with many steps in which only class frequencies are learnt.
-            nn.init.eye_(self.bert.pooler["dense"].weight)
+            nn.init.eye_(self.bert.pooler["dense"].get_parameter("weight"))
 
     def forward(self, packed: Packed) -> Tensor:
         """Classify cells.
