@@ -98,7 +98,7 @@ def histogram(
         axes.set_xlabel(label)
         axes.set_ylabel("cells")
         if before is not None:
-            axes.legend(fontsize=7.5)
+            axes.legend(fontsize=7.5, loc="upper right")
         return figure
 
 
@@ -149,7 +149,7 @@ def loss_curves(
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(f"loss ({unit})")
         if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+            axes.legend(loc="upper right")
         return figure
 
 
@@ -456,5 +456,5 @@ def trials_scatter(
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(setting_label)
         axes.set_ylabel(score_label)
-        axes.legend(loc="best")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         return figure
