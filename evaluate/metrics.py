@@ -5,17 +5,7 @@ from typing import Any
 
 import numpy as np
 
-
-def confusion_counts(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """int64[classes, classes]: row = true class, column = predicted class.
-
-    Parameters
-    ----------
-    truth, predicted
-        int64[cells]: class ids in 0..num_classes - 1.
-    """
-    flat = np.bincount(truth * num_classes + predicted, minlength=num_classes * num_classes)
-    return flat.reshape(num_classes, num_classes)
+from train.scores import confusion_counts, f1_of_classes, macro_f1
 
 
 def classification_metrics(
@@ -23,8 +13,9 @@ def classification_metrics(
 ) -> dict[str, Any]:
     """Compute accuracy, balanced accuracy, macro F1 and the per-class figures.
 
-    Balanced accuracy and macro F1 are means over the classes that occur among the true labels. A class that was never
-    predicted has precision 0 and F1 0; a class without test cells has support 0 and null figures.
+    Balanced accuracy is the mean over the classes that occur among the true labels, macro F1 over those that occur as
+    truth or as prediction. A class that was never predicted has precision 0 and F1 0; a class without test cells has
+    support 0 and null figures.
 
     Parameters
     ----------
@@ -46,7 +37,7 @@ def classification_metrics(
     present = support > 0
     recall = np.divide(hits, support, out=np.zeros_like(hits), where=present)
     precision = np.divide(hits, called, out=np.zeros_like(hits), where=called > 0)
-    f1 = np.divide(2 * hits, support + called, out=np.zeros_like(hits), where=(support + called) > 0)
+    f1 = f1_of_classes(confusion)
     accuracy = float(hits.sum() / len(truth))
     # Resampling n cells with replacement makes the number of hits exactly binomial.
     resampled = np.random.default_rng(seed).binomial(len(truth), accuracy, draws) / len(truth)
@@ -66,7 +57,7 @@ def classification_metrics(
         "accuracy": accuracy,
         "accuracy_ci": _interval(resampled),
         "balanced_accuracy": float(recall[present].mean()),
-        "macro_f1": float(f1[present].mean()),
+        "macro_f1": macro_f1(confusion),
         "per_class": per_class,
         "confusion": {"labels": list(labels), "counts": confusion.tolist()},
     }

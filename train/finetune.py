@@ -9,7 +9,6 @@ import polars as pl
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from corpus.errors import UserError
@@ -17,6 +16,7 @@ from corpus.reader import Cells, Corpus
 from train.model import Classifier
 from train.model_folder import ModelCard, PretrainedWeights, check_same_genes, label_numbers, load_model, save_model
 from train.packing import gene_limit
+from train.scores import confusion_counts, macro_f1
 from train.settings import FinetuneSettings
 from train.split import TEST, TRAIN, VALIDATION, group_names, split_labelled
 from train.tasks import MicroBatch, batches_of, corpus_identity, pack_or_fill
@@ -175,8 +175,7 @@ class FinetuneTask:
         truth, predicted = self.labels[cells], self.predict(model, cells, world)
         return {
             f"{part}_accuracy": float((truth == predicted).mean()),
-            # Over the classes that occur in this part, as truth or as prediction.
-            f"{part}_macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0)),
+            f"{part}_macro_f1": macro_f1(confusion_counts(truth, predicted, len(self.label_map))),
         }
 
     def final_metrics(self, model: nn.Module, world: World, last: dict[str, float]) -> dict[str, Any]:

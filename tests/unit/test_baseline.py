@@ -11,8 +11,9 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, precision_recall_
 
 from corpus.reader import Cells, Corpus
 from evaluate.baseline import fit_baseline, log_normalised, majority_class, run_baseline
-from evaluate.metrics import accuracy_by_group, accuracy_difference, classification_metrics, confusion_counts
+from evaluate.metrics import accuracy_by_group, accuracy_difference, classification_metrics
 from tests.factories import write_corpus
+from train.scores import confusion_counts
 
 
 @pytest.fixture
@@ -95,10 +96,12 @@ def test_metrics_agree_with_scikit_learn() -> None:
     assert (high - low) / 2 == pytest.approx(spread, rel=0.1)
 
 
-def test_classes_without_cells_do_not_enter_the_means() -> None:
-    metrics = classification_metrics(np.array([0, 0, 1]), np.array([0, 2, 1]), ["a", "b", "c"])
+def test_a_class_without_cells_counts_only_where_it_was_predicted() -> None:
+    truth, predicted = np.array([0, 0, 1]), np.array([0, 2, 1])
+    metrics = classification_metrics(truth, predicted, ["a", "b", "c", "d"])
     assert metrics["balanced_accuracy"] == pytest.approx((0.5 + 1) / 2)
-    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 1) / 2)
+    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert metrics["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro", zero_division=0))
     absent = metrics["per_class"][2]
     assert (absent["support"], absent["predicted"], absent["f1"]) == (0, 1, None)
 
