@@ -2,8 +2,8 @@
 
 The order of an epoch is a block shuffle: row groups are permuted, a window of several row groups is read at a time, and
 the cells of a window are permuted. The order is then cut into micro-batches that hold at most a budget of tokens (next
-fit). Everything follows from the seed, the epoch, the world size and the lengths, so a position in the data is one
-number: the step.
+fit), and a step is a fixed number of micro-batches, dealt out to the ranks. Everything follows from the seed, the
+epoch, the size of a step and the lengths, so a position in the data is one number: the step.
 """
 
 import queue
@@ -34,25 +34,33 @@ class EpochPlan:
         int64[windows + 1]: window w is `order[window_offsets[w]:window_offsets[w + 1]]`, read together.
     bounds
         int64[micro-batches + 1]: micro-batch b is `order[bounds[b]:bounds[b + 1]]`.
-    world_size, accumulation
-        A step takes `world_size * accumulation` micro-batches.
+    world_size
+        Ranks that share each step.
+    per_step
+        Micro-batches of one step, over all ranks.
     """
 
     order: np.ndarray
     window_offsets: np.ndarray
     bounds: np.ndarray
     world_size: int
-    accumulation: int
+    per_step: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one rank in one step; some are empty if the step does not divide among the ranks."""
+        return -(-self.per_step // self.world_size)
 
     @property
     def num_steps(self) -> int:
         """Steps of the epoch, the same for every rank."""
-        return -(-(len(self.bounds) - 1) // (self.world_size * self.accumulation))
+        return -(-(len(self.bounds) - 1) // self.per_step)
 
     def span(self, step: int, rank: int, micro: int) -> tuple[int, int]:
-        """First and last-plus-one position in `order` of a micro-batch; an empty span at the end of an epoch."""
-        number = (step * self.accumulation + micro) * self.world_size + rank
-        if number >= len(self.bounds) - 1:
+        """First and last-plus-one position in `order` of a micro-batch; an empty span where there is none left."""
+        place = micro * self.world_size + rank
+        number = step * self.per_step + place
+        if place >= self.per_step or number >= len(self.bounds) - 1:
             return len(self.order), len(self.order)
         return int(self.bounds[number]), int(self.bounds[number + 1])
 
@@ -71,6 +79,7 @@ def plan_epoch(
     epoch: int,
     world_size: int,
     accumulation: int = 1,
+    per_step: int | None = None,
     token_budget: int,
     window_row_groups: int = 16,
     shuffle: bool = True,
@@ -85,6 +94,11 @@ def plan_epoch(
         int64[row groups + 1], as `Corpus.row_group_offsets`.
     cells
         int64[n]: the cells that take part, ascending and unique.
+    accumulation
+        Micro-batches of one rank in one step.
+    per_step
+        Micro-batches of one step over all ranks, instead of `world_size * accumulation`. Steps of the same size hold
+        the same cells whatever the world size, so a run can go on with another number of workers.
     token_budget
         Most tokens in one micro-batch of one rank; a single longer cell is a micro-batch of its own.
     window_row_groups
@@ -101,8 +115,9 @@ def plan_epoch(
         raise ValueError("cells must be unique and ascending")
     order, window_offsets = _order(row_group_offsets, cells, seed, epoch, window_row_groups, shuffle)
     bounds = next_fit(lengths[order], token_budget)
-    bounds = _fill_last_step(bounds, lengths[order], world_size * accumulation)
-    return EpochPlan(order, window_offsets, bounds, world_size, accumulation)
+    per_step = per_step or world_size * accumulation
+    bounds = _fill_last_step(bounds, lengths[order], per_step)
+    return EpochPlan(order, window_offsets, bounds, world_size, per_step)
 
 
 def next_fit(lengths: np.ndarray, token_budget: int) -> np.ndarray:

@@ -79,6 +79,26 @@ def test_order_depends_on_seed_and_epoch_only():
     assert first.order.tolist() != other_epoch.order.tolist()
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_a_step_holds_the_same_cells_whatever_the_world_size(world_size):
+    # A run that began with four ranks goes on with any number of them, also one that does not divide the step (R11).
+    began, lengths = make_plan(world_size=4)
+    going_on, _ = make_plan(world_size=world_size, per_step=4)
+    assert going_on.num_steps == began.num_steps > 3
+    for step in range(began.num_steps):
+        steps = [
+            np.concatenate(
+                [plan.cells(step, rank, micro) for micro in range(plan.accumulation) for rank in range(plan.world_size)]
+            )
+            for plan in (began, going_on)
+        ]
+        assert steps[0].tolist() == steps[1].tolist()
+        for rank in range(world_size):
+            for micro in range(going_on.accumulation):
+                cells = going_on.cells(step, rank, micro)
+                assert len(cells) <= 1 or lengths[cells].sum() <= 700
+
+
 def test_batch_length_is_uncorrelated_with_step():
     # Rows come sorted by length, as in a file sorted longest first: the worst case for P7.
     lengths = np.sort(np.random.default_rng(0).integers(50, 2048, 40_000))[::-1].copy()
