@@ -1,34 +1,36 @@
 """Checkpoints that are either whole and verified, or not used: `checkpoints/step-00000123/{files, MANIFEST.json}`.
 
-Every rank writes its DeepSpeed files to its own disk, hashes them and copies them to the store; rank 0 writes the
-manifest last. DeepSpeed's files are pickles: nothing here opens one before its bytes have been found to have the hash
-in the manifest, and only from the private copy whose bytes were hashed.
+What a checkpoint is, and how the newest good one is found and opened; train/saver.py writes them. DeepSpeed's files are
+pickles: nothing here hands one on before its bytes have been found to have the hash in the manifest, and only the
+private copy whose bytes were hashed.
 """
 
 import hashlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from pydantic import JsonValue, ValidationError
 from torch import Tensor
 
-from corpus.errors import UserError
+from corpus.errors import RunError
 from corpus.manifest import Record
 from corpus.store import Store
+from train.engine import to_universal
 from train.world import World
 
 FOLDER = "checkpoints"
 MANIFEST = "MANIFEST.json"
 LOG = "metrics.jsonl"
 BEST = "best.safetensors"
-_TAG = "engine"
+ENGINE = "engine"  # DeepSpeed's name for the set of its files
+_UNIVERSAL = "universal"
+_PARTITION = "_optim_states.pt"  # how the files end that DeepSpeed writes for one rank's part of the optimiser states
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -50,6 +52,8 @@ class CheckpointManifest(Record):
         Steps taken since the beginning.
     epoch, step_in_epoch
         Position in the data: the step to take next.
+    per_step
+        Micro-batches of a step over all workers, which fixes the cells of every step.
     world_size
         Workers that wrote it.
     settings_hash
@@ -62,6 +66,7 @@ class CheckpointManifest(Record):
     step: int
     epoch: int
     step_in_epoch: int
+    per_step: int
     world_size: int
     settings_hash: str
     state: dict[str, JsonValue]
@@ -70,115 +75,65 @@ class CheckpointManifest(Record):
     @property
     def folder(self) -> str:
         """Where the checkpoint lies in the output folder."""
-        return _folder(self.step)
+        return folder_of(self.step)
 
 
 @dataclass(frozen=True)
-class Restored:
-    """What a checkpoint gave back, besides the engine's own state."""
+class Found:
+    """A checkpoint whose files have been verified, in a private folder of this machine.
+
+    Parameters
+    ----------
+    folder, tag
+        What DeepSpeed's `load_checkpoint` takes.
+    universal
+        It was written by another number of workers and has been converted: the engine must be made for that.
+    log, best
+        The metrics log up to there, and the best weights if the run keeps some.
+    """
 
     manifest: CheckpointManifest
+    folder: Path
+    tag: str
+    universal: bool
     log: bytes
     best: dict[str, Tensor] | None
 
 
-def save_checkpoint(
-    store: Store,
-    engine: Any,
-    world: World,
-    *,
-    position: Mapping[str, int],
-    settings_hash: str,
-    state: dict[str, JsonValue],
-    log: bytes,
-    best: dict[str, Tensor] | None,
-    keep: int,
-) -> None:
-    """Write a checkpoint and remove the oldest ones; every process calls this.
+@contextmanager
+def open_newest(store: Store, world: World, settings_hash: str) -> Iterator[tuple[Found | None, list[str]]]:
+    """Find the newest good checkpoint and copy it here; every process enters this.
 
-    Parameters
-    ----------
-    position
-        `step`, `epoch` and `step_in_epoch` of the manifest.
-    log
-        The metrics log up to here, from rank 0.
-    best
-        Weights of the best epoch so far, if the run keeps one.
-    keep
-        Checkpoints that stay.
-    """
-    folder = _folder(position["step"])
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
-        local = Path(temporary)
-        engine.save_checkpoint(str(local), tag=_TAG, save_latest=False)
-        files = {path.name: path for path in sorted((local / _TAG).glob("*")) if path.is_file()}
-        if world.is_first:
-            # A run that was killed here, or a checkpoint that was refused, may have left these names behind.
-            _remove(store, folder)
-            files[LOG] = local / LOG
-            files[LOG].write_bytes(log)
-            if best is not None:
-                files[BEST] = local / BEST
-                safetensors.torch.save_file(best, files[BEST])
-        world.barrier()
-        records = [_write_file(store, folder, name, path, world.rank) for name, path in files.items()]
-    gathered = [record for part in world.gather(records) for record in part]
-    if world.is_first:
-        manifest = CheckpointManifest(
-            **position,
-            world_size=world.size,
-            settings_hash=settings_hash,
-            state=state,
-            files=sorted(gathered, key=lambda record: record.name),
-        )
-        store.create(f"{folder}/{MANIFEST}", manifest.to_json())
-        for old in steps(store)[:-keep]:
-            _remove(store, _folder(old))
-    world.barrier()
+    A process copies its own files and those of rank 0. If another number of workers wrote the checkpoint, one process
+    of each machine copies all files and converts them for the others.
 
-
-def load_newest(store: Store, engine: Any, world: World, settings_hash: str) -> tuple[Restored | None, list[str]]:
-    """Put the engine where the newest good checkpoint left it; every process calls this.
-
-    Returns
-    -------
-    restored
-        None if there is no usable checkpoint.
+    Yields
+    ------
+    found
+        None if there is no usable checkpoint. The copy is gone when the block is left.
     skipped
         One line for each newer checkpoint that was not used: its name and why.
 
     Raises
     ------
-    UserError
-        If the checkpoint was written by another number of workers.
+    RunError
+        If a good checkpoint cannot be copied or converted for lack of space or the like.
     """
     skipped: list[str] = []
-    for step in world.from_first(list(reversed(steps(store)))):
-        manifest = world.from_first(_read_manifest(store, step, settings_hash) if world.is_first else "")
-        if isinstance(manifest, str):
-            skipped += [manifest] if manifest else []
-            continue
-        if manifest.world_size != world.size:
-            raise UserError(
-                f"{store.uri}/{manifest.folder}: written by {manifest.world_size} worker(s), this run has "
-                f"{world.size}; go on with --workers.count {manifest.world_size}, or begin anew in another --out"
-            )
-        with _verified_copy(store, manifest, world) as (folder, problems):
-            if problems:
-                skipped.extend(problems)
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
+        for step in world.from_first(list(reversed(steps(store)))):
+            manifest = world.from_first(_read_manifest(store, step, settings_hash) if world.is_first else "")
+            if isinstance(manifest, str):
+                skipped += [manifest] if manifest else []
                 continue
-            # The hashes are verified: only now may DeepSpeed unpickle.
-            path, _ = engine.load_checkpoint(str(folder), tag=_TAG)
-            if path is None:
-                raise UserError(f"{store.uri}/{manifest.folder}: DeepSpeed could not load it")
-            best = folder / BEST
-            restored = Restored(
-                manifest,
-                (folder / LOG).read_bytes(),
-                safetensors.torch.load_file(best) if best.exists() else None,
-            )
-        return restored, skipped
-    return None, skipped
+            found = _open(store, manifest, world, Path(temporary) / f"{step}")
+            if isinstance(found, list):
+                skipped += found
+                continue
+            yield found, skipped
+            world.barrier()  # the processes of a machine may share a copy
+            return
+        yield None, skipped
 
 
 def steps(store: Store) -> list[int]:
@@ -187,20 +142,14 @@ def steps(store: Store) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def _folder(step: int) -> str:
+def folder_of(step: int) -> str:
+    """Where the checkpoint of a step lies in the output folder."""
     return f"{FOLDER}/step-{step:08d}"
 
 
-def _write_file(store: Store, folder: str, name: str, path: Path, rank: int) -> FileRecord:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if not store.create_from_file(f"{folder}/{name}", path):
-        raise RuntimeError(f"{store.uri}/{folder}/{name}: another process has just written it: two runs, one --out?")
-    return FileRecord(name=name, rank=rank, size_bytes=path.stat().st_size, sha256=digest)
-
-
-def _remove(store: Store, folder: str) -> None:
+def remove(store: Store, step: int) -> None:
     """Remove a checkpoint, its manifest first: what is left is never taken for a whole one."""
+    folder = folder_of(step)
     names = store.names(folder)
     for name in sorted(names, key=lambda name: name != MANIFEST):
         store.remove(f"{folder}/{name}")
@@ -209,15 +158,24 @@ def _remove(store: Store, folder: str) -> None:
         shutil.rmtree(local)  # hidden temporary files of a killed writer
 
 
+def prune(store: Store, newest: int, keep: int) -> None:
+    """Keep so many whole checkpoints up to `newest`; what was left unfinished before it goes as well."""
+    whole = [step for step in steps(store) if step <= newest and store.exists(f"{folder_of(step)}/{MANIFEST}")]
+    for step in steps(store):
+        if step < newest and step not in whole[-keep:]:
+            remove(store, step)
+
+
 def _read_manifest(store: Store, step: int, settings_hash: str) -> CheckpointManifest | str:
     """Read and judge a manifest; a text says why its checkpoint cannot be used (empty: there is nothing at all)."""
-    name = f"{store.uri}/{_folder(step)}"
-    if not store.names(_folder(step)):
+    folder = folder_of(step)
+    name = f"{store.uri}/{folder}"
+    if not store.names(folder):
         return ""  # some object stores remember the folders of removed files
-    if not store.exists(f"{_folder(step)}/{MANIFEST}"):
+    if not store.exists(f"{folder}/{MANIFEST}"):
         return f"{name}: skipped, it was not finished (no {MANIFEST})"
     try:
-        manifest = CheckpointManifest.model_validate_json(store.read_bytes(f"{_folder(step)}/{MANIFEST}"))
+        manifest = CheckpointManifest.model_validate_json(store.read_bytes(f"{folder}/{MANIFEST}"))
     except ValidationError as error:
         return f"{name}/{MANIFEST}: skipped, damaged: {error.errors()[0]['msg']}"
     if manifest.step != step:
@@ -229,26 +187,49 @@ def _read_manifest(store: Store, step: int, settings_hash: str) -> CheckpointMan
     return manifest
 
 
-@contextmanager
-def _verified_copy(store: Store, manifest: CheckpointManifest, world: World) -> Iterator[tuple[Path, list[str]]]:
-    """Copy what this rank needs (its own files and those of rank 0) to a private folder, hashing what was copied.
-
-    Yields
-    ------
-    The folder, and the problems that any rank has found.
-    """
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
-        folder, problems = Path(temporary), []
-        (folder / _TAG).mkdir()
-        for record in manifest.files:
-            if record.rank not in (0, world.rank):
-                continue
-            place = folder if record.name in (LOG, BEST) else folder / _TAG
-            problem = _fetch(store, f"{manifest.folder}/{record.name}", place / record.name, record)
+def _open(store: Store, manifest: CheckpointManifest, world: World, place: Path) -> Found | list[str]:
+    """Copy and verify a checkpoint; a list says what is wrong with it."""
+    partitioned = any(record.name.endswith(_PARTITION) for record in manifest.files)
+    universal = partitioned and manifest.world_size != world.size
+    nodes = world.gather((world.node, str(place)))
+    helper = [node for node, _ in nodes].index(world.node)  # the first process of this machine
+    wanted = set(range(manifest.world_size)) if universal and world.rank == helper else {0}
+    if not universal:
+        wanted.add(world.rank)
+    records = [record for record in manifest.files if record.rank in wanted]
+    bad, stuck = [], ""
+    try:
+        (place / ENGINE).mkdir(parents=True)
+        for record in records:
+            target = place / record.name if record.name in (LOG, BEST) else place / ENGINE / record.name
+            problem = _fetch(store, f"{manifest.folder}/{record.name}", target, record)
             if problem:
-                problems.append(f"{store.uri}/{manifest.folder}: skipped, {record.name} {problem}")
-        found = [line for part in world.gather(problems) for line in part]
-        yield folder, sorted(set(found))
+                bad.append(f"{store.uri}/{manifest.folder}: skipped, {record.name} {problem}")
+    except OSError as error:
+        stuck = str(error)
+    if problems := _of_all(world, bad):
+        shutil.rmtree(place)
+        return problems
+    if universal and world.rank == helper and not stuck:
+        try:
+            to_universal(place / ENGINE, place / _UNIVERSAL)
+        except OSError as error:
+            stuck = str(error)
+    if failures := _of_all(world, [stuck] if stuck else []):
+        raise RunError(f"{store.uri}/{manifest.folder}: is whole, but cannot be opened here: {failures[0]}")
+    best = place / BEST
+    return Found(
+        manifest,
+        Path(nodes[helper][1]) if universal else place,
+        _UNIVERSAL if universal else ENGINE,
+        universal,
+        (place / LOG).read_bytes(),
+        safetensors.torch.load_file(best) if best.exists() else None,
+    )
+
+
+def _of_all(world: World, texts: list[str]) -> list[str]:
+    return sorted({text for part in world.gather(texts) for text in part})
 
 
 def _fetch(store: Store, name: str, target: Path, record: FileRecord) -> str | None:

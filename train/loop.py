@@ -3,6 +3,7 @@
 import json
 import math
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,20 +17,39 @@ from torch import Tensor
 from corpus.errors import RunError
 from corpus.store import Store
 from train.batches import BatchReader, EpochPlan, plan_epoch
-from train.checkpoint import Restored, load_newest, save_checkpoint
-from train.engine import autocast, full_state, resolve_precision, start_engine
+from train.checkpoint import Found, open_newest
+from train.engine import autocast, full_state, resolve_precision, restore, start_engine
 from train.metrics import MetricsLog, Rates, duration, progress_line
 from train.output import finished, publish
 from train.packing import gene_limit
+from train.saver import Saver
 from train.schedule import learning_rate
 from train.settings import settings_hash
 from train.tasks import MicroBatch, Task, loss_scale, token_lengths
-from train.world import World
+from train.world import Ballot, World
 
 Emit = Callable[[str], None]
 Report = Callable[[dict[str, Any]], None]
 
+
+@dataclass(frozen=True)
+class Signals:
+    """What reaches a run from outside, and what it lets the outside know.
+
+    Parameters
+    ----------
+    stop
+        Set in any one process: all save after the step they are in, and end.
+    preempted
+        Called by every process equally often: tells what is about to be taken away, or None. All save, and go on.
+    """
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    preempted: Callable[[], str | None] = lambda: None
+
+
 _SUMS = ("loss", "weight", "correct", "count", "tokens", "cells")
+_NOTICE_S = 5.0  # between two questions whether a machine is about to be taken away
 
 
 @dataclass
@@ -40,6 +60,8 @@ class State:
     ----------
     step, epoch, step_in_epoch
         The step to take next.
+    per_step
+        Micro-batches of a step over all workers, as the run began with.
     sums
         float64[6]: totals over all ranks since the last record, in the order of `_SUMS`.
     seconds
@@ -53,6 +75,7 @@ class State:
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
+    per_step: int = 1
     sums: list[float] = field(default_factory=lambda: [0.0] * len(_SUMS))
     seconds: float = 0.0
     total_tokens: float = 0.0
@@ -62,10 +85,12 @@ class State:
 
     def position(self) -> dict[str, int]:
         """Place in the data."""
-        return {"step": self.step, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch}
+        return {name: getattr(self, name) for name in ("step", "epoch", "step_in_epoch", "per_step")}
 
 
-def run(task: Task, out: str, world: World, *, emit: Emit, report: Report) -> dict[str, Any]:
+def run(
+    task: Task, out: str, world: World, *, emit: Emit, report: Report, signals: Signals | None = None
+) -> dict[str, Any]:
     """Train from the newest checkpoint, or from the beginning, to a finished model folder.
 
     Parameters
@@ -84,58 +109,78 @@ def run(task: Task, out: str, world: World, *, emit: Emit, report: Report) -> di
     Raises
     ------
     RunError
-        If the loss is no longer a number.
+        If the loss is no longer a number, if checkpoints cannot be written, or if the run was asked to stop.
     """
     with tempfile.TemporaryDirectory(prefix="train-") as scratch:
-        return _Run(task, Store(out), world, Path(scratch), emit, report).finish()
+        going = _Run(task, Store(out), world, Path(scratch), emit, report, signals or Signals())
+        try:
+            return going.finish()
+        finally:
+            going.saver.close()
 
 
 class _Run:
-    def __init__(self, task: Task, store: Store, world: World, scratch: Path, emit: Emit, report: Report) -> None:
+    def __init__(
+        self, task: Task, store: Store, world: World, scratch: Path, emit: Emit, report: Report, signals: Signals
+    ) -> None:
         self.task, self.store, self.world, self.scratch, self.report = task, store, world, scratch, report
         self.emit: Emit = emit if world.is_first else lambda line: None
+        self.signals, self.ballot = signals, Ballot()
         self.settings = task.settings
         self.hash = settings_hash(task.identity())
         self.lengths = token_lengths(task.corpus, task.max_length, task.special_tokens)
         self.precision = resolve_precision(self.settings.engine.precision, world.device)
-        self.engine = start_engine(
-            task.build_model().to(world.device),
-            self.settings.optimizer,
-            self.settings.engine,
-            self.settings.batches,
-            self.precision,
-            world,
-        )
-        restored, skipped = load_newest(self.store, self.engine, world, self.hash)
-        for line in skipped:
-            self.emit(line)
-        self.state = State()
+        self.state = State(per_step=world.size * self.settings.batches.accumulation)
         self.best: dict[str, Tensor] | None = None
-        if restored is not None:
-            self._take_over(restored)
-        self.log = None
-        if world.is_first:
-            lines = restored.log if restored else b""
-            self.log = MetricsLog(self.store, scratch, lines, self.state.step)
+        log = b""
+        with open_newest(store, world, self.hash) as (found, skipped):
+            for line in skipped:
+                self.emit(line)
+            if found is not None:
+                self._take_over(found)
+                log = found.log
+            self.engine = self._start(found)
+        self.log = MetricsLog(store, scratch, log, self.state.step) if world.is_first else None
+        self.saver = Saver(store, world, self.hash, self.settings.keep, self.emit)
         self.sums = torch.tensor(self.state.sums, dtype=torch.float64, device=world.device)
         self.rates = Rates()
-        self.saved_at = self.shown_at = time.monotonic()
+        self.saved_at = self.shown_at = self.asked_at = time.monotonic()
+        self.saved_step = -1
+        self.notice: str | None = None
 
-    def _take_over(self, restored: Restored) -> None:
-        manifest = restored.manifest
-        self.state = State(
-            step=manifest.step,
-            epoch=manifest.epoch,
-            step_in_epoch=manifest.step_in_epoch,
-            **manifest.state,  # type: ignore[arg-type]
-        )
-        self.best = restored.best
+    def _take_over(self, found: Found) -> None:
+        manifest, size = found.manifest, self.world.size
+        self.state = State(**manifest.state, **{name: getattr(manifest, name) for name in self.state.position()})  # type: ignore[arg-type]
+        self.best = found.best
         self.emit(f"resuming from {self.store.uri}/{manifest.folder} (epoch {manifest.epoch}, step {manifest.step})")
+        if manifest.world_size != size:
+            self.emit(
+                f"it was written by {manifest.world_size} worker(s) and goes on with {size}: steps stay the same "
+                f"{manifest.per_step} micro-batches, {-(-manifest.per_step // size)} for each worker"
+            )
+
+    def _start(self, found: Found | None) -> Any:
+        """Make the engine, with the state of a checkpoint if there is one."""
+        accumulation = -(-self.state.per_step // self.world.size)
+        engine = start_engine(
+            self.task.build_model().to(self.world.device),
+            self.settings.optimizer,
+            self.settings.engine,
+            self.settings.batches.model_copy(update={"accumulation": accumulation}),
+            self.precision,
+            self.world,
+            universal=found is not None and found.universal,
+        )
+        if found is not None:
+            restore(engine, found.folder, found.tag)
+        return engine
 
     def finish(self) -> dict[str, Any]:
         """Train what is left, measure, write the model folder."""
         while self.state.epoch < self.settings.epochs:
             self._epoch()
+        self.saver.wait()
+        self.world.moved("the end of training")
         weights = self.best if self.best is not None else full_state(self.engine.module)
         model = self.task.build_model().to(self.world.device)
         model.load_state_dict(weights)
@@ -155,7 +200,7 @@ class _Run:
             "workers": self.world.size,
             "device": self.world.device.type,
             "precision": self.precision,
-            "zero_stage": self.settings.engine.zero_stage,
+            "zero_stage": self.engine.zero_optimization_stage(),
             "train_seconds": round(state.seconds, 1),
             "tokens_per_s": round(state.total_tokens / max(state.seconds, 1e-9), 1),
             "cells_per_s": round(state.total_cells / max(state.seconds, 1e-9), 2),
@@ -189,7 +234,7 @@ class _Run:
             seed=self.settings.seed,
             epoch=self.state.epoch,
             world_size=self.world.size,
-            accumulation=options.accumulation,
+            per_step=self.state.per_step,
             token_budget=options.token_budget,
             window_row_groups=options.window_row_groups,
         )
@@ -206,6 +251,7 @@ class _Run:
             state.step += 1
             state.step_in_epoch += 1
             state.seconds += time.monotonic() - began
+            self.world.moved(f"step {state.step}")
             due = keep.checkpoint_steps is not None and state.step % keep.checkpoint_steps == 0
             if state.step % keep.log_steps == 0:
                 self._record(lr, done, plan)
@@ -215,11 +261,37 @@ class _Run:
                 break
             if evaluate_steps and state.step % evaluate_steps == 0:
                 self._evaluate()
-            if due:
+            if self._heed() or due:
                 self._save()
         state.epoch, state.step_in_epoch = epoch + 1, 0
         self._evaluate()
         self._save()
+        if state.epoch < self.settings.epochs:
+            self._heed()
+
+    def _heed(self) -> bool:
+        """Listen to the outside as all ranks have voted in this step; True if it is time to save."""
+        _, stop, ask = self.ballot.read() or (0, 0, 0)
+        if stop:
+            if self.saved_step != self.state.step:
+                self._save()
+            self.saver.wait()
+            raise RunError(f"stopped by request after step {self.state.step}; the same command goes on from there")
+        if not ask:
+            return False
+        notice, before = self.signals.preempted(), self.notice
+        self.notice = notice
+        if notice is None or notice == before:
+            return False
+        self.emit(f"{notice}: saving at step {self.state.step}")
+        return True
+
+    def _votes(self) -> list[float]:
+        """Whether this process was asked to stop; and, from rank 0, whether it is time to ask for preemptions."""
+        ask = self.world.is_first and time.monotonic() - self.asked_at > _NOTICE_S
+        if ask:
+            self.asked_at = time.monotonic()
+        return [float(self.signals.stop.is_set()), float(ask)]
 
     def _reader(self, plan: EpochPlan, epoch: int) -> BatchReader[MicroBatch]:
         return BatchReader(
@@ -249,8 +321,9 @@ class _Run:
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        weight = self.world.sum([sum(batch.weight for batch in micro_batches)])[0]
-        scale = loss_scale(self.world.size, weight).float()
+        total = self.world.sum([sum(batch.weight for batch in micro_batches), *self._votes()])
+        self.ballot.put(total)
+        scale = loss_scale(self.world.size, total[0]).float()
         stats = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.world.device)
         self.engine.train()
         for batch in micro_batches:
@@ -321,18 +394,14 @@ class _Run:
             "evaluation": state.evaluation,
             "best": state.best,
         }
-        save_checkpoint(
-            self.store,
+        self.saver.save(
             self.engine,
-            self.world,
             position=state.position(),
-            settings_hash=self.hash,
             state=remembered,  # type: ignore[arg-type]
             log=self.log.content() if self.log is not None else b"",
             best=self.best,
-            keep=self.settings.keep.checkpoints,
         )
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), state.step
         self.rates.take(0, 0)
 
 

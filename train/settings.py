@@ -48,8 +48,11 @@ class OptimizerSettings(Settings):
 class EngineSettings(Settings):
     """DeepSpeed."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """Partitioned over the workers: 0 nothing, 1 optimiser states, 2 gradients as well, 3 parameters as well."""
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    """Partitioned over the workers: 0 nothing, 1 optimiser states, 2 gradients as well, 3 parameters as well. "auto"
+    goes by the model's size (docs/training.md)."""
+    offload_optimizer: bool = False
+    """Keep the optimiser states in the host's memory and update there; needs stage 1 or higher."""
     precision: Precision = "auto"
     """Precision of matrix products; weights stay in float32. "auto" is bf16 on a GPU that has it, else fp32."""
     deepspeed_json: Uri | None = None
@@ -80,6 +83,8 @@ class KeepSettings(Settings):
     """Steps between checkpoints, besides those by time."""
     checkpoints: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
+    failed_checkpoints: int = Field(3, ge=1)
+    """Checkpoints in a row that may fail to be written (a full disk, an unreachable store) before the run ends."""
     log_steps: int = Field(10, ge=1)
     """Steps between records in metrics.jsonl and TensorBoard."""
     progress_s: float = Field(5, ge=0)

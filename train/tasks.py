@@ -151,6 +151,7 @@ def batches_of(
     )
     limit = gene_limit(task.max_length, task.special_tokens)
     for micro_batches in BatchReader(task.corpus, plan, prepare, rank=world.rank, max_length=limit):
+        world.moved("an evaluation")
         yield from (batch.to(world.device) for batch in micro_batches)
 
 

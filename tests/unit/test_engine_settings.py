@@ -8,7 +8,7 @@ import torch
 
 from corpus.errors import UserError
 from corpus.store import Store
-from train.engine import engine_config, make_optimizer
+from train.engine import engine_config, make_optimizer, resolve_stage
 from train.metrics import MetricsLog, Rates, duration
 from train.output import claim, publish
 from train.schedule import learning_rate
@@ -38,10 +38,23 @@ def test_engine_config_counts_agree():
     assert config["torch_autocast"]["enabled"]
 
 
+@pytest.mark.parametrize(("parameters", "stage"), [(18_167_828, 0), (104_000_000, 0), (10**9, 1), (10**10, 3)])
+def test_auto_partitions_large_models_only(parameters, stage):
+    assert resolve_stage("auto", parameters) == stage
+    assert resolve_stage(2, parameters) == 2
+
+
+def test_offloading_needs_a_partitioning_stage():
+    config = engine_config(EngineSettings(offload_optimizer=True), BatchSettings(), 1.0, "fp32", 1)
+    assert config["zero_optimization"] == {"stage": 1, "offload_optimizer": {"device": "cpu"}}
+    with pytest.raises(UserError, match="offload_optimizer needs"):
+        engine_config(EngineSettings(zero_stage=0, offload_optimizer=True), BatchSettings(), 1.0, "fp32", 1)
+
+
 def test_own_deepspeed_json_is_laid_over(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"overlap_comm": False}, "gradient_clipping": 3.0}))
-    engine = EngineSettings(deepspeed_json=str(path))
+    engine = EngineSettings(zero_stage=1, deepspeed_json=str(path))
     config = engine_config(engine, BatchSettings(), 1.0, "fp32", world_size=1)
     assert config["zero_optimization"] == {"stage": 1, "overlap_comm": False}
     assert config["gradient_clipping"] == 3.0
