@@ -283,6 +283,10 @@ class Sequences:
         int64[rows + 1].
     positions
         int64[T]: place of each token in its sequence.
+    row
+        int64[T]: number of the sequence that a token belongs to.
+    source
+        int64[T]: place of a kept token in its original cell; means nothing at an inserted one.
     pooled
         bool[T]: an unperturbed gene that the original input has too.
     """
@@ -290,6 +294,8 @@ class Sequences:
     tokens: torch.Tensor
     offsets: torch.Tensor
     positions: torch.Tensor
+    row: torch.Tensor
+    source: torch.Tensor
     pooled: torch.Tensor
 
 
@@ -330,4 +336,4 @@ def build_sequences(
     # Where a gene was inserted `source` means nothing and may point behind the cell.
     token = cell_tokens[torch.where(is_new, starts[row], starts[row] + source)]
     tokens = torch.where(is_new, (inserted[row] * new).sum(1), token)
-    return Sequences(tokens, offsets, positions, ~is_new & (source < input_lengths[row]))
+    return Sequences(tokens, offsets, positions, row, source, ~is_new & (source < input_lengths[row]))

@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from corpus.settings import Settings
 
-LAYERS = r"^(last|second_to_last|layer_[1-9]\d*)$"
+LAYERS = r"^(last|second_to_last|layer_[1-9]\d*|0|-[1-9]\d*)$"
+
+Compat = Literal["none", "geneformer", "geneformer_v2"]
 
 
 class PerturbationSettings(Settings):
@@ -118,20 +120,51 @@ class ReadoutSettings(Settings):
     """What is read from the model."""
 
     layer: str = Field("last", pattern=LAYERS)
-    """Hidden layer: last (as published), second_to_last, or layer_1, layer_2, ..."""
+    """Hidden layer: last (as published), second_to_last, or layer_1, layer_2, ... With `compat` also the numbers of
+    Geneformer, counted from the end: 0 is the last layer, -1 the second to last."""
     embedding: Literal["mean", "cls"] = "mean"
     """mean: over the unperturbed genes, the same before and after; cls: the <cls> token, where the model has it."""
     probabilities: bool = False
     """Of a classifier, also the change of each class's probability; needs layer = "last"."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the encoder. Pooling and cosines are always in higher precision."""
+    compat: Compat = "none"
+    """geneformer: give the numbers of the published mouse code, and geneformer_v2 those of human Geneformer V2, where
+    they differ from what we hold to be right (docs/perturbation.md says where)."""
+
+    @model_validator(mode="after")
+    def _layer_has_a_name(self) -> Self:
+        if self.compat == "none" and re.fullmatch(r"-?\d+", self.layer):
+            raise ValueError(
+                f'layer "{self.layer}" counts from the end, as Geneformer does: say last, second_to_last or layer_N, '
+                'or set compat = "geneformer"'
+            )
+        return self
 
     def num_layers(self, total: int) -> int:
         """Layers to run, of `total`; ValueError if there are not so many."""
-        number = {"last": total, "second_to_last": total - 1}.get(self.layer) or int(self.layer.removeprefix("layer_"))
+        named = {"last": total, "second_to_last": total - 1}
+        if self.layer in named:
+            number = named[self.layer]
+        elif self.layer.startswith("layer_"):
+            number = int(self.layer.removeprefix("layer_"))
+        else:
+            number = total + int(self.layer)
         if not 1 <= number <= total:
             raise ValueError(f"layer {self.layer}: the model has {total} layers")
         return number
+
+
+class GeneShiftSettings(Settings):
+    """The effect on each other gene's own embedding, as a table of its own."""
+
+    affected: Literal["all"] | list[str] = "all"
+    """Genes to look at, by symbol or Ensembl id, wherever a cell has them; "all" for every gene of each cell."""
+    most_changed: int | None = Field(None, ge=1)
+    """Of each perturbation in each cell keep only this many of them, the most changed ones. Means over cells are then
+    of the cells in which a gene was among them."""
+    max_rows: int = Field(100_000_000, ge=1)
+    """Refuse to start a scan whose table could have more rows: all genes of a cell make the square of its length."""
 
 
 class EngineSettings(Settings):
@@ -164,7 +197,25 @@ class ScanSettings(Settings):
     """Without states only the similarity to the unperturbed cell is measured, for all cells."""
     cells: CellSettings = CellSettings()
     readout: ReadoutSettings = ReadoutSettings()
+    gene_shifts: GeneShiftSettings | None = None
+    """Give it to get the table gene_shifts/ as well."""
     engine: EngineSettings = EngineSettings()
+
+    @model_validator(mode="after")
+    def _published_perturbation(self) -> Self:
+        change = self.perturbation
+        if self.readout.compat != "none" and (
+            change.kind not in ("delete", "overexpress")
+            or change.combine not in ("one_by_one", "joint")
+            or change.before_truncation
+            or change.require == "any"
+            or change.absent == "skip"
+        ):
+            raise ValueError(
+                f'readout.compat = "{self.readout.compat}": the original has only delete and overexpress, one by one '
+                "or joint, edited after truncation, of cells with all genes to delete, absent genes inserted"
+            )
+        return self
 
 
 class StatsSettings(Settings):

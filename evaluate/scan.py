@@ -1,29 +1,29 @@
 """A perturbation scan over a pool of Ray actors, resumable unit by unit."""
 
-import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Protocol, cast
 
 import numpy as np
 
+from corpus.cluster import ray_options
 from corpus.errors import UserError
 from corpus.provenance import record_run
+from evaluate.noise import NOISE_CELLS, NoiseFloor
 from evaluate.scan_plan import WorkUnit
 from evaluate.scan_setup import Scan
 from evaluate.scan_worker import Job, ScanWorker
 from evaluate.shifts import MANIFEST, NOISE, ScanManifest, UnitRecord
 from evaluate.states import load_centroids, save_centroids, states_id
 
-_NOISE_CELLS = 16
-
 
 class Pool(Protocol):
     """Workers that run a method of `ScanWorker` on many arguments."""
 
-    def run(self, method: str, tasks: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    def run(self, method: str, tasks: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Yield (place of the task, result) in the order of completion."""
         ...
 
@@ -31,10 +31,10 @@ class Pool(Protocol):
 class LocalPool:
     """One worker, in this process."""
 
-    def __init__(self, job: Job) -> None:
-        self.worker = ScanWorker(job)
+    def __init__(self, job: Job, kind: type[ScanWorker] = ScanWorker) -> None:
+        self.worker = kind(job)
 
-    def run(self, method: str, tasks: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    def run(self, method: str, tasks: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """See `Pool`."""
         for place, task in enumerate(tasks):
             yield place, getattr(self.worker, method)(*task)
@@ -43,26 +43,27 @@ class LocalPool:
 class RayPool:
     """Actors; each has at most two tasks, so that it never waits and little is repeated when one is lost."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, kind: type[ScanWorker] = ScanWorker) -> None:
         import ray
 
         engine = job.engine
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, configure_logging=False)
+        self.mine = not ray.is_initialized()
+        if self.mine:
+            ray.init(log_to_driver=False, **ray_options())
         gpus = engine.gpus_per_worker
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-        actor = ray.remote(ScanWorker).options(
+        actor = ray.remote(kind).options(
             num_cpus=engine.cpus_per_worker, num_gpus=gpus, max_restarts=4, max_task_retries=4
         )
         self.actors = [actor.remote(job) for _ in range(engine.workers)]
 
-    def run(self, method: str, tasks: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    def run(self, method: str, tasks: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """See `Pool`."""
         import ray
 
         running: dict[Any, tuple[int, Any]] = {}
-        waiting = list(enumerate(tasks))[::-1]
+        waiting = enumerate(tasks)
         for actor in self.actors * 2:
             self._start(actor, method, waiting, running)
         while running:
@@ -73,9 +74,10 @@ class RayPool:
             yield place, result
 
     @staticmethod
-    def _start(actor: Any, method: str, waiting: list[tuple[int, Any]], running: dict[Any, tuple[int, Any]]) -> None:
-        if waiting:
-            place, task = waiting.pop()
+    def _start(
+        actor: Any, method: str, waiting: Iterator[tuple[int, tuple[Any, ...]]], running: dict[Any, tuple[int, Any]]
+    ) -> None:
+        for place, task in islice(waiting, 1):
             running[getattr(actor, method).remote(*task)] = place, actor
 
     def close(self) -> None:
@@ -84,15 +86,17 @@ class RayPool:
 
         for actor in self.actors:
             ray.kill(cast("ray.actor.ActorHandle[ScanWorker]", actor))
+        if self.mine:
+            ray.shutdown()
 
 
 @contextmanager
-def worker_pool(job: Job) -> Iterator[Pool]:
+def worker_pool(job: Job, kind: type[ScanWorker] = ScanWorker) -> Iterator[Pool]:
     """Open the workers that the settings ask for."""
     if job.engine.workers == 0:
-        yield LocalPool(job)
+        yield LocalPool(job, kind)
         return
-    pool = RayPool(job)
+    pool = RayPool(job, kind)
     try:
         yield pool
     finally:
@@ -150,15 +154,15 @@ def run_scan(scan: Scan) -> ScanManifest:
         {"model": scan.model.checksum, "corpus": scan.corpus_sha256, "genes": scan.corpus.genes.hash},
     )
     with worker_pool(scan.job) as pool:
-        centroids = _centroids(scan, pool)
-        _measure_noise(scan, pool, centroids)
+        centroids = state_centroids(scan, pool)
+        noise = _noise(scan, pool, centroids)
         records = _run_units(scan, pool, centroids)
-    manifest = _manifest(scan, records)
+    manifest = _manifest(scan, records, noise)
     manifest.publish(scan.out)
     return manifest
 
 
-def _centroids(scan: Scan, pool: Pool) -> np.ndarray:
+def state_centroids(scan: Scan, pool: Pool) -> np.ndarray:
     """float64[states, d], from the cache or from the workers, one state a task."""
     cells = scan.selection.state_cells
     if not cells:
@@ -174,17 +178,19 @@ def _centroids(scan: Scan, pool: Pool) -> np.ndarray:
     return np.stack([found[state] for state in cells])
 
 
-def _measure_noise(scan: Scan, pool: Pool, centroids: np.ndarray) -> None:
-    """Write noise.json: what rounding alone gives on the device that this scan runs on."""
-    cells = scan.selection.cells
-    chosen = cells[np.unique(np.linspace(0, len(cells) - 1, _NOISE_CELLS).astype(int))]
-    ((_, noise),) = pool.run("noise", [(chosen, centroids)])
-    scan.out.create(NOISE, json.dumps(noise).encode() + b"\n")
+def _noise(scan: Scan, pool: Pool, centroids: np.ndarray) -> NoiseFloor:
+    """What rounding alone gives on the device that this scan was begun on."""
+    if not scan.out.exists(NOISE):
+        cells = scan.selection.cells
+        chosen = cells[np.unique(np.linspace(0, len(cells) - 1, NOISE_CELLS).astype(int))]
+        ((_, noise),) = pool.run("noise", [(chosen, centroids)])
+        scan.out.create(NOISE, noise.to_json())
+    return NoiseFloor.model_validate_json(scan.out.read_bytes(NOISE))
 
 
 def _run_units(scan: Scan, pool: Pool, centroids: np.ndarray) -> list[UnitRecord]:
     committed = {name.removesuffix(".parquet") for name in scan.out.names("shifts")}
-    tasks = [(unit, scan.obs[unit.cells], centroids) for unit in scan.units]
+    tasks = ((unit, scan.obs_of(unit.cells), centroids) for unit in scan.units)
     progress = Progress(scan.units, committed, scan.settings.engine.report_every_s)
     records: dict[int, UnitRecord] = {}
     for place, record in pool.run("run", tasks):
@@ -193,7 +199,7 @@ def _run_units(scan: Scan, pool: Pool, centroids: np.ndarray) -> list[UnitRecord
     return [records[place] for place in range(len(scan.units))]
 
 
-def _manifest(scan: Scan, records: list[UnitRecord]) -> ScanManifest:
+def _manifest(scan: Scan, records: list[UnitRecord], noise: NoiseFloor) -> ScanManifest:
     reasons = sorted({reason for record in records for reason in record.skipped})
     return ScanManifest(
         scan_id=scan.scan_id,
@@ -210,5 +216,7 @@ def _manifest(scan: Scan, records: list[UnitRecord]) -> ScanManifest:
         num_cells=len(scan.selection.cells),
         rows=sum(record.rows for record in records),
         skipped={reason: sum(record.skipped.get(reason, 0) for record in records) for reason in reasons},
+        noise=noise,
+        gene_shifts=scan.job.affected is not None,
         units=records,
     )

@@ -17,14 +17,17 @@ from torch import Tensor
 
 from corpus.errors import RunError
 from corpus.reader import Cells
-from corpus.schema import CLS, EOS
-from evaluate.perturb import Edits, Sequences, build_sequences
+from evaluate.gene_effects import GeneEffects
+from evaluate.perturb import NONE, Edits, Sequences, build_sequences
+from evaluate.perturb_settings import Compat
+from evaluate.scan_tensors import Originals, cosines, gene_rows, mean_of_rows, pack_sequences, paired_cosines
 from train.model import Classifier, Encoder
 from train.packing import Packed, SpecialTokens, gene_limit, pack
-from train.pooling import first_pool, mean_pool
+from train.pooling import first_pool
 
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _BUDGETS = {"cuda": 262_144, "cpu": 16_384}
@@ -42,11 +45,27 @@ class Measured:
         float64[rows, states]: cosine to each state's centroid, after minus before.
     probabilities
         float64[rows, classes]: probability of each class, after minus before; no classes without a classifier.
+    gene_effects
+        How far each other gene's embedding moved; empty if it was not asked for.
     """
 
     similarity: np.ndarray
     shifts: np.ndarray
     probabilities: np.ndarray
+    gene_effects: GeneEffects
+
+    @staticmethod
+    def concatenate(parts: "list[Measured]") -> "Measured":
+        """Join the rows of several groups of cells."""
+        starts = np.cumsum([0, *(len(part.similarity) for part in parts)])
+        return Measured(
+            np.concatenate([part.similarity for part in parts]),
+            np.concatenate([part.shifts for part in parts]),
+            np.concatenate([part.probabilities for part in parts]),
+            GeneEffects.concatenate(
+                [part.gene_effects.of_rows(int(start)) for part, start in zip(parts, starts, strict=False)]
+            ),
+        )
 
 
 class Scanner:
@@ -66,6 +85,12 @@ class Scanner:
         Whose probabilities are read out; `encoder` is its own, and `num_layers` all of its layers.
     precision
         "float32", "bfloat16" or "float16" for the encoder.
+    affected
+        bool[vocab_size]: genes whose own embeddings are compared, before and after; None for none.
+    most_changed
+        Of each perturbation keep only this many of them, the least similar ones.
+    compat
+        Whose numbers to give, see `evaluate.compat`.
     token_budget
         Tokens of one micro-batch; by default by device. Halved for good each time the device runs out of memory.
     """
@@ -80,6 +105,9 @@ class Scanner:
         embedding: str = "mean",
         classifier: Classifier | None = None,
         precision: str = "float32",
+        affected: np.ndarray | None = None,
+        most_changed: int | None = None,
+        compat: Compat = "none",
         token_budget: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -88,6 +116,8 @@ class Scanner:
         self.classifier = None if classifier is None else classifier.to(self.device).eval()
         self.max_length, self.special_tokens = max_length, special_tokens
         self.num_layers, self.embedding, self.precision = num_layers, embedding, precision
+        self.affected = None if affected is None else torch.from_numpy(affected).to(self.device)
+        self.most_changed, self.compat = most_changed, compat
         self.token_budget = token_budget or _BUDGETS.get(self.device.type, _BUDGETS["cpu"])
 
     @property
@@ -105,7 +135,7 @@ class Scanner:
     def _embed(self, cells: Cells) -> np.ndarray:
         packed = pack(cells, self.max_length, self.special_tokens).to(self.device)
         hidden = self._run(packed)
-        pooled = first_pool(hidden, packed) if self.embedding == "cls" else mean_pool(hidden, packed)
+        pooled = first_pool(hidden, packed) if self.embedding == "cls" else mean_of_rows(hidden, packed)
         return pooled.double().cpu().numpy()
 
     @torch.inference_mode()
@@ -129,14 +159,15 @@ class Scanner:
         target = torch.from_numpy(centroids).to(self.device)
         cells_with_edits = np.flatnonzero([len(edit) > 0 for edit in edits])
         if not len(cells_with_edits):
-            return Measured(np.zeros(0), np.zeros((0, len(centroids))), np.zeros((0, self.num_classes)))
+            empty = np.zeros(0), np.zeros((0, len(centroids))), np.zeros((0, self.num_classes))
+            return Measured(*empty, GeneEffects.empty())
         cells, edits = cells.take(cells_with_edits), [edits[cell] for cell in cells_with_edits]
 
         def scan_group(group: np.ndarray) -> Measured:
             return self._scan_group(cells.take(group), [edits[cell] for cell in group], target)
 
         parts = list(self._batches(np.minimum(cells.lengths, self.max_genes), scan_group))
-        return Measured(*(np.concatenate([getattr(p, name) for p in parts]) for name in Measured.__dataclass_fields__))
+        return Measured.concatenate(parts)
 
     def _scan_group(self, cells: Cells, edits: list[Edits], centroids: Tensor) -> Measured:
         originals = self._originals(cells)
@@ -144,26 +175,29 @@ class Scanner:
         joined = Edits.concatenate(edits)
         values = np.zeros((len(joined), 1 + len(centroids) + self.num_classes))
         values[:, 0] = 1
+        effects = [GeneEffects.empty()]
         # Rows of one length make rectangles, which attention runs without masks.
         todo = np.flatnonzero(~joined.no_op)
         todo = todo[np.argsort(-joined.lengths[todo], kind="stable")]
 
-        def measure(rows: np.ndarray) -> Tensor:
+        def measure(rows: np.ndarray) -> tuple[Tensor, GeneEffects]:
             return self._measure(originals, joined.take(todo[rows]), cell_of_row[todo[rows]], centroids)
 
         done = 0
-        for found in self._batches(joined.lengths[todo], measure):
-            values[todo[done : done + len(found)]] = found.cpu().numpy()
+        for found, of_genes in self._batches(joined.lengths[todo], measure):
+            rows = todo[done : done + len(found)]
+            values[rows] = found.cpu().numpy()
+            effects.append(dataclasses.replace(of_genes, rows=rows[of_genes.rows]))
             done += len(found)
         similarity, shifts, probabilities = np.split(values, [1, 1 + len(centroids)], axis=1)
-        return Measured(similarity[:, 0], shifts, probabilities)
+        return Measured(similarity[:, 0], shifts, probabilities, GeneEffects.concatenate(effects).in_order())
 
-    def _originals(self, cells: Cells) -> "_Originals":
+    def _originals(self, cells: Cells) -> Originals:
         packed = pack(cells, self.max_length, self.special_tokens).to(self.device)
         hidden = self._run(packed)
         genes = hidden[packed.gene_rows].double()
         lengths = torch.from_numpy(np.minimum(cells.lengths, self.max_genes)).to(self.device)
-        return _Originals(
+        return Originals(
             tokens=torch.from_numpy(cells.tokens.astype(np.int64)).to(self.device),
             token_starts=torch.from_numpy(cells.offsets[:-1]).to(self.device),
             input_lengths=lengths,
@@ -174,8 +208,10 @@ class Scanner:
             probabilities=self._probabilities(hidden, packed),
         )
 
-    def _measure(self, originals: "_Originals", edits: Edits, cells: np.ndarray, centroids: Tensor) -> Tensor:
-        """float64[rows, 1 + states + classes]: similarity, shifts, changes of probabilities."""
+    def _measure(
+        self, originals: Originals, edits: Edits, cells: np.ndarray, centroids: Tensor
+    ) -> tuple[Tensor, GeneEffects]:
+        """float64[rows, 1 + states + classes]: similarity, shifts, changes of probabilities; and the genes' own."""
         cell, removed, targets, inserted, lengths, pooled_end = (
             torch.from_numpy(np.ascontiguousarray(part, dtype=np.int64)).to(self.device, non_blocking=True)
             for part in (cells, edits.removed, edits.targets, edits.inserted, edits.lengths, edits.pooled_end)
@@ -190,19 +226,59 @@ class Scanner:
             lengths,
             total=int(edits.lengths.sum()),
         )
-        # `gene_rows` says what mean_pool averages: here the genes that both inputs share and that were not perturbed.
+        # `gene_rows` says what is averaged: here the genes that both inputs share and that were not perturbed.
         packed = pack_sequences(sequences, edits.lengths, self.special_tokens)
         hidden = self._run(packed)
+        # A classifier sees all genes of its input, perturbed ones too.
+        whole = dataclasses.replace(packed, gene_rows=gene_rows(packed))
         if self.embedding == "cls":
             after, before = first_pool(hidden, packed).double(), originals.first[cell]
         else:
-            after, before = mean_pool(hidden, packed).double(), originals.mean(cell, removed, pooled_end)
+            after, before = mean_of_rows(hidden, packed), originals.mean(cell, removed, pooled_end)
         similarity = torch.nn.functional.cosine_similarity(after, before, dim=1)
-        shifts = _cosines(after, centroids) - _cosines(before, centroids)
-        # A classifier sees all genes of its input, perturbed ones too.
-        whole = dataclasses.replace(packed, gene_rows=_gene_rows(packed))
+        effects = GeneEffects.empty()
+        if self.affected is not None or self.compat == "geneformer":
+            places, own = self._own_similarities(originals, hidden, packed, sequences, cell, pooled_end)
+            if self.affected is not None:
+                effects = self._effects(originals, edits, sequences, cell, places, own)
+            if self.compat == "geneformer" and self.embedding == "mean":
+                similarity = _mean_by_row(own, sequences.row[places], len(edits))
+        if self.compat == "geneformer_v2" and self.embedding == "mean":
+            after = mean_of_rows(hidden, whole)
+            before = originals.mean(cell, torch.full_like(removed, NONE), pooled_end)
+        shifts = cosines(after, centroids) - cosines(before, centroids)
         changes = self._probabilities(hidden, whole) - originals.probabilities[cell]
-        return torch.cat([similarity[:, None], shifts, changes], dim=1)
+        return torch.cat([similarity[:, None], shifts, changes], dim=1), effects
+
+    def _own_similarities(
+        self,
+        originals: Originals,
+        hidden: Tensor,
+        packed: Packed,
+        sequences: Sequences,
+        cell: Tensor,
+        pooled_end: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Places in `sequences` of the unperturbed genes that both sides have, and the cosines of their embeddings."""
+        compared = sequences.pooled & (sequences.source < pooled_end[sequences.row])
+        places = compared.nonzero()[:, 0]
+        # The place of a gene in the batch is its place in `sequences`, moved by the special tokens up to there.
+        before_it = 0 if self.special_tokens == "none" else 2 * sequences.row[places] + 1
+        original = originals.starts[cell[sequences.row[places]]] + sequences.source[places]
+        return places, paired_cosines(hidden, places + before_it, originals.hidden, original)
+
+    def _effects(
+        self, originals: Originals, edits: Edits, sequences: Sequences, cell: Tensor, places: Tensor, own: Tensor
+    ) -> GeneEffects:
+        assert self.affected is not None
+        row = sequences.row[places]
+        # The published code names the gene that stood at this place before the deletion.
+        named_by_place = self.compat == "geneformer" and bool((edits.targets == NONE).all())
+        place = sequences.positions[places] if named_by_place else sequences.source[places]
+        tokens = originals.tokens[originals.token_starts[cell[row]] + place]
+        kept = self.affected[tokens]
+        effects = GeneEffects(*(part[kept].cpu().numpy() for part in (row, tokens, own)))
+        return effects if self.most_changed is None else effects.most_changed(self.most_changed)
 
     @property
     def num_classes(self) -> int:
@@ -213,7 +289,8 @@ class Scanner:
         """float64[cells, classes]."""
         if self.classifier is None:
             return torch.zeros(len(packed), 0, dtype=torch.float64, device=self.device)
-        pooled = mean_pool(hidden, packed) if self.classifier.pooling == "mean" else first_pool(hidden, packed)
+        pooled = mean_of_rows(hidden, packed) if self.classifier.pooling == "mean" else first_pool(hidden, packed)
+        pooled = pooled.to(hidden.dtype)
         logits = self.classifier.classifier(torch.tanh(self.classifier.bert.pooler["dense"](pooled)))
         return torch.softmax(logits.double(), dim=1)
 
@@ -221,7 +298,7 @@ class Scanner:
         dtype = _DTYPES.get(self.precision)
         with torch.autocast(self.device.type, dtype) if dtype else nullcontext():
             hidden: Tensor = self.encoder(packed, self.num_layers)
-        return hidden.float()
+        return hidden.float() if dtype else hidden
 
     def _batches(self, lengths: np.ndarray, run: Callable[[np.ndarray], Result]) -> Iterator[Result]:
         """Run consecutive rows under the token budget; smaller batches from then on if memory runs out."""
@@ -230,91 +307,32 @@ class Scanner:
             stop = _batch_end(lengths, start, self.token_budget)
             try:
                 result = run(np.arange(start, stop))
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if stop - start == 1:
-                    raise RunError(f"one sequence of {lengths[start]} genes does not fit into device memory") from error
+                    raise RunError(f"one sequence of {lengths[start]} genes does not fit into memory") from error
                 result = None
             if result is None:  # outside the except block, whose traceback would keep the batch's tensors alive
                 self.token_budget = max(int(lengths[start:stop].sum()) // 2, 1)
-                _log.warning("out of device memory: micro-batches of at most %d tokens from now on", self.token_budget)
+                _log.warning("out of memory: micro-batches of at most %d tokens from now on", self.token_budget)
                 torch.cuda.empty_cache()
                 continue
             yield result
             start = stop
 
 
-@dataclass(frozen=True)
-class _Originals:
-    """Cells as they are: C cells of G genes together, I of them in the inputs; float64 or int64, on the device.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether the device, or on a CPU the process, has no memory left.
 
-    `sums[i]` is the sum of `hidden[:i]`, so that a mean over any stretch of a cell costs two look-ups.
+    torch has an error of its own for devices; of the CPU's allocator it has only the message.
     """
-
-    tokens: Tensor  # [G]
-    token_starts: Tensor  # [C]
-    input_lengths: Tensor  # [C]
-    hidden: Tensor  # [I, d]
-    starts: Tensor  # [C]
-    sums: Tensor  # [I + 1, d]
-    first: Tensor  # [C, d]
-    probabilities: Tensor  # [C, classes]
-
-    def mean(self, cell: Tensor, removed: Tensor, pooled_end: Tensor) -> Tensor:
-        """Mean over the genes at places below `pooled_end` that are not in `removed`; float64[rows, d]."""
-        start = self.starts[cell]
-        total = self.sums[start + pooled_end] - self.sums[start]
-        inside = removed < pooled_end[:, None]
-        places = torch.where(inside, start[:, None] + removed, 0)
-        total = total - (self.hidden[places] * inside[:, :, None]).sum(dim=1)
-        return total / (pooled_end - inside.sum(dim=1))[:, None]
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: " in str(error)
 
 
-def _gene_rows(packed: Packed) -> Tensor:
-    """bool[T]: all but <cls> and <eos>."""
-    rows = torch.ones_like(packed.gene_rows)
-    if packed.special_tokens == "none":
-        return rows
-    rows[packed.offsets[:-1]] = False
-    rows[packed.offsets[1:] - 1] = False
-    return rows
-
-
-def _cosines(vectors: Tensor, centroids: Tensor) -> Tensor:
-    """Cosine of each vector [rows, d] with each centroid [states, d]; [rows, states]."""
-    return torch.nn.functional.normalize(vectors, dim=1) @ torch.nn.functional.normalize(centroids, dim=1).T
-
-
-def pack_sequences(sequences: Sequences, lengths: np.ndarray, special_tokens: SpecialTokens) -> Packed:
-    """Put special tokens around perturbed sequences.
-
-    Parameters
-    ----------
-    sequences
-        On the device.
-    lengths
-        int64[rows] on the host, without special tokens.
-
-    Returns
-    -------
-    A batch whose `gene_rows` are `sequences.pooled`.
-    """
-    if special_tokens == "none":
-        return Packed(
-            sequences.tokens, sequences.positions, sequences.offsets, sequences.pooled, lengths, special_tokens
-        )
-    device = sequences.tokens.device
-    rows = torch.arange(len(lengths) + 1, device=device)
-    offsets = sequences.offsets + 2 * rows
-    total = len(sequences.tokens) + 2 * len(lengths)
-    first, last = offsets[:-1], offsets[1:] - 1
-    tokens = torch.zeros(total, dtype=torch.int64, device=device)
-    positions, pooled = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
-    row = torch.repeat_interleave(rows[:-1], sequences.offsets.diff(), output_size=len(sequences.tokens))
-    inner = first[row] + 1 + sequences.positions
-    tokens[first], tokens[last], tokens[inner] = CLS, EOS, sequences.tokens
-    positions[last], positions[inner] = last - first, sequences.positions + 1
-    pooled[inner] = sequences.pooled
-    return Packed(tokens, positions, offsets, pooled, lengths + 2, special_tokens)
+def _mean_by_row(values: Tensor, row: Tensor, num_rows: int) -> Tensor:
+    sums = values.new_zeros(num_rows).index_add(0, row, values)
+    return sums / values.new_zeros(num_rows).index_add(0, row, torch.ones_like(values))
 
 
 def _batch_end(lengths: np.ndarray, start: int, budget: int) -> int:

@@ -4,6 +4,7 @@ import hashlib
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from corpus.errors import UserError
 from corpus.hashing import digest_json
@@ -36,18 +37,45 @@ class Scan:
         fixed = set(shifts_schema([], [], [], joint=False).names)
         if taken := fixed.intersection(columns):
             raise UserError(f"cells.group_by: {', '.join(sorted(taken))} is a column of the shifts table already")
-        wanted = dict.fromkeys(["cell_id", "donor_id", *columns, *settings.cells.filters])
-        obs = self.corpus.obs(list(wanted))
-        self.selection = select_cells(obs, self.corpus.lengths, settings.cells, settings.states)
-        self.obs = obs.select("cell_id", "donor_id", *columns)
+        of_states = [settings.states.column] if settings.states else []
+        asked = [*of_states, *settings.cells.group_by, *settings.cells.filters, "length"]
+        obs = self.corpus.obs(list(dict.fromkeys(asked)))
+        lengths = obs["length"].to_numpy().astype(np.int64)
+        self.selection = select_cells(obs, lengths, settings.cells, settings.states)
+        # Names of cells are long: of those that are not scanned they are not kept.
+        self._obs = self.corpus.obs(["cell_id", "donor_id", *columns])[self.selection.cells]
         self.max_genes = gene_limit(self.model.card.max_length, self.model.card.special_tokens)
         self.job = self._job(model_uri, columns)
         self.scan_id = self._scan_id()
-        self.input_lengths = np.minimum(self.corpus.lengths[self.selection.cells], self.max_genes)
+        self.input_lengths = np.minimum(lengths[self.selection.cells], self.max_genes)
         self.num_sets = self.job.num_sets(self.input_lengths)
+        self._check_gene_rows()
         self.units = plan_units(
             self.scan_id, self.selection.cells, self.num_sets, self.input_lengths, settings.engine.unit_tokens
         )
+
+    def obs_of(self, cells: np.ndarray) -> pl.DataFrame:
+        """`cell_id`, `donor_id` and the label columns of some of the scanned cells (int64, ascending)."""
+        return self._obs[np.searchsorted(self.selection.cells, cells)]
+
+    @property
+    def gene_rows(self) -> int:
+        """Upper bound of the rows of gene_shifts/; 0 without it."""
+        asked = self.settings.gene_shifts
+        if asked is None or self.job.affected is None:
+            return 0
+        per_set = np.minimum(self.input_lengths, self.job.affected.sum())
+        if asked.most_changed is not None:
+            per_set = np.minimum(per_set, asked.most_changed)
+        return int((self.num_sets * per_set).sum())
+
+    def _check_gene_rows(self) -> None:
+        asked = self.settings.gene_shifts
+        if asked is not None and self.gene_rows > asked.max_rows:
+            raise UserError(
+                f"gene_shifts: up to {self.gene_rows:,} rows, max_rows is {asked.max_rows:,}: name the genes in "
+                "gene_shifts.affected, keep only the gene_shifts.most_changed, perturb less, or raise max_rows"
+            )
 
     def _job(self, model_uri: str, columns: list[str]) -> Job:
         change, genes = self.settings.perturbation, self.corpus.genes
@@ -59,6 +87,10 @@ class Scan:
         allowed = np.ones(genes.vocab_size, dtype=bool)
         if listed is None and change.min_cells > 1:
             allowed = count_detections(self.corpus, self.selection.cells, self.max_genes) >= change.min_cells
+        affected, asked = None, self.settings.gene_shifts
+        if asked is not None:
+            affected = np.full(genes.vocab_size, asked.affected == "all")
+            affected[[genes.find(name) for name in asked.affected if asked.affected != "all"]] = True
         return Job(
             model_uri=model_uri,
             corpus_uri=self.corpus.store.uri,
@@ -73,6 +105,8 @@ class Scan:
             columns=columns,
             states=self.settings.states.names if self.settings.states else [],
             labels=list(self.model.card.label_map or {}) if self.settings.readout.probabilities else [],
+            affected=affected,
+            most_changed=asked.most_changed if asked else None,
         )
 
     def _scan_id(self) -> str:
@@ -101,6 +135,8 @@ class Scan:
         id_of = dict(zip(self.corpus.genes.tokens.tolist(), self.corpus.genes.ensembl_ids, strict=True))
         change = settings["perturbation"]
         del change["genes_file"]
+        if settings["gene_shifts"] is not None:
+            del settings["gene_shifts"]["max_rows"]  # refuses, and changes nothing
         if self.job.listed is not None:
             change["genes"] = [id_of[token] for token in self.job.listed.tolist()]
         if self.job.anchor is not None:
@@ -113,12 +149,13 @@ def _check_readout(settings: ScanSettings, model: LoadedModel) -> None:
         raise UserError('readout.embedding "cls": the model has no <cls> token; use "mean"')
     if settings.readout.probabilities and model.card.kind != "classifier":
         raise UserError("readout.probabilities: the model is no classifier")
-    if settings.readout.probabilities and settings.readout.layer != "last":
-        raise UserError('readout.probabilities: the classes are read from layer "last"')
+    total = model.model.bert.num_layers
     try:
-        settings.readout.num_layers(model.model.bert.num_layers)
+        number = settings.readout.num_layers(total)
     except ValueError as error:
         raise UserError(f"readout.{error}") from error
+    if settings.readout.probabilities and number != total:
+        raise UserError('readout.probabilities: the classes are read from layer "last"')
 
 
 def count_detections(corpus: Corpus, cells: np.ndarray, max_genes: int) -> np.ndarray:

@@ -9,7 +9,10 @@ import torch
 
 from corpus.reader import Cells, Corpus
 from corpus.store import Store
-from evaluate.perturb import Edits, cell_sets, gene_sets, null_edits, plan_edits
+from evaluate.compat import as_published
+from evaluate.gene_effects import gene_table
+from evaluate.noise import NoiseFloor, measure_noise
+from evaluate.perturb import Edits, cell_sets, gene_sets, plan_edits
 from evaluate.perturb_settings import EngineSettings, PerturbationSettings, ReadoutSettings
 from evaluate.scan_compute import Scanner
 from evaluate.scan_plan import WorkUnit
@@ -33,6 +36,10 @@ class Job:
         Label columns of the table besides `donor_id`.
     labels
         Classes whose probabilities are read out, in the order of the classifier.
+    affected
+        bool[vocab_size]: genes whose own embeddings are compared; None for none.
+    most_changed
+        How many of them are kept of each perturbation; None for all.
     """
 
     model_uri: str
@@ -48,6 +55,8 @@ class Job:
     columns: list[str]
     states: list[str]
     labels: list[str]
+    affected: np.ndarray | None = None
+    most_changed: int | None = None
 
     @cached_property
     def sets(self) -> np.ndarray | None:
@@ -73,20 +82,18 @@ class ScanWorker:
         self.job = job
         self.corpus = Corpus(job.corpus_uri, job.corpus_number)
         self.out = Store(job.out_uri)
-        self.scanner = make_scanner(load_model(job.model_uri), job.readout, job.engine.token_budget)
+        self.scanner = make_scanner(load_model(job.model_uri), job)
         self._row_group: tuple[int, Cells] | None = None
 
     def centroid(self, cells: np.ndarray) -> np.ndarray:
         """Mean embedding of some cells (int64, ascending); float64[d]."""
         return state_mean(self.scanner, self.corpus, cells)
 
-    def noise(self, cells: np.ndarray, centroids: np.ndarray) -> dict[str, float]:
-        """Largest shift and loss of similarity that rounding alone makes of some cells: effects below are none."""
-        read = self.corpus.read_cells(cells)
-        edits = null_edits(np.minimum(read.lengths, self.scanner.max_genes))
-        measured = self.scanner.scan(read, edits, centroids)
-        shift = float(np.abs(measured.shifts).max()) if measured.shifts.size else 0.0
-        return {"shift": shift, "similarity": float(np.abs(1 - measured.similarity).max()), "cells": len(cells)}
+    def noise(self, cells: np.ndarray, centroids: np.ndarray) -> NoiseFloor:
+        """Measure what rounding alone makes of perturbations of some cells (int64, ascending)."""
+        read = self.corpus.read_cells(cells, counts=self.job.perturbation.fold_change is not None)
+        edits, _ = self.edits(read, WorkUnit("", cells))
+        return measure_noise(self.scanner, read, edits, centroids)
 
     def run(self, unit: WorkUnit, obs: pl.DataFrame, centroids: np.ndarray) -> UnitRecord:
         """Measure and commit one unit, unless its file is there already.
@@ -99,18 +106,23 @@ class ScanWorker:
             float64[states, d].
         """
         if self.out.exists(unit_path(unit.unit_id)):
-            return read_unit_record(self.out, unit.unit_id)
+            return read_unit_record(self.out, unit.unit_id, self.job.affected is not None)
         cells = self._read(unit.cells)
         edits, skipped = self.edits(cells, unit)
         measured = self.scanner.scan(cells, edits, centroids)
         schema = shifts_schema(self.job.columns, self.job.states, self.job.labels, self.job.joint)
         table = shifts_table(obs, edits, measured, self.corpus.genes, self.job.perturbation.kind, schema)
-        return commit_unit(self.out, unit.unit_id, table, skipped)
+        of_genes = None
+        if self.job.affected is not None:
+            kind = self.job.perturbation.kind
+            of_genes = gene_table(obs, edits, measured.gene_effects, self.corpus.genes, kind, self.job.joint)
+        return commit_unit(self.out, unit.unit_id, table, skipped, of_genes)
 
     def edits(self, cells: Cells, unit: WorkUnit) -> tuple[list[Edits], dict[str, int]]:
         """Plan the perturbations of a unit's cells; also the numbers of those that do not apply, by reason."""
         job, genes = self.job, self.corpus.genes
-        planned, skipped = [], {"absent": 0, "nothing_left": 0}
+        planned: list[Edits] = []
+        skipped = {"absent": 0, "nothing_left": 0}
         for first, last in zip(cells.offsets[:-1], cells.offsets[1:], strict=True):
             tokens = cells.tokens[first:last].astype(np.int64)
             counts = None if cells.counts is None else cells.counts[first:last]
@@ -121,8 +133,11 @@ class ScanWorker:
             edits, left_out = plan_edits(
                 tokens, counts, sets, job.perturbation, genes.medians_by_token, self.scanner.max_genes
             )
+            in_input = min(len(tokens), self.scanner.max_genes)
+            edits, also = as_published(edits, in_input, self.scanner.max_genes, job.perturbation, job.readout.compat)
             planned.append(edits)
-            skipped = {reason: number + left_out[reason] for reason, number in skipped.items()}
+            for reason, number in [*left_out.items(), *also.items()]:
+                skipped[reason] = skipped.get(reason, 0) + number
         return planned, skipped
 
     def _read(self, wanted: np.ndarray) -> Cells:
@@ -138,8 +153,9 @@ class ScanWorker:
         return Cells.concatenate(parts)
 
 
-def make_scanner(model: LoadedModel, readout: ReadoutSettings, token_budget: int | None) -> Scanner:
+def make_scanner(model: LoadedModel, job: Job) -> Scanner:
     """Put a loaded model on this process's device."""
+    readout = job.readout
     return Scanner(
         model.model.bert,
         classifier=model.model if readout.probabilities and isinstance(model.model, Classifier) else None,
@@ -148,6 +164,9 @@ def make_scanner(model: LoadedModel, readout: ReadoutSettings, token_budget: int
         num_layers=readout.num_layers(model.model.bert.num_layers),
         embedding=readout.embedding,
         precision=readout.precision,
-        token_budget=token_budget,
+        affected=job.affected,
+        most_changed=job.most_changed,
+        compat=readout.compat,
+        token_budget=job.engine.token_budget,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,23 +16,27 @@ from corpus.errors import RunError, UserError
 from corpus.genes import GeneTable
 from corpus.manifest import Record
 from corpus.store import Store
+from evaluate.gene_effects import gene_path, gene_schema
+from evaluate.noise import NoiseFloor
 from evaluate.perturb import Edits
 from evaluate.scan_compute import Measured
 
 MANIFEST = "manifest.json"
 NOISE = "noise.json"
-"""What rounding makes of unperturbed cells; it differs between devices, so it is no part of the manifest."""
+"""What rounding makes of some perturbations, as the first run into the folder measured it; see `NoiseFloor`."""
 SHIFT = "shift_"
 PROBABILITY = "prob_"
 
 
 class UnitRecord(Record):
-    """A committed work unit."""
+    """A committed work unit; `gene_rows` and `gene_sha256` are those of its gene shifts, where there are any."""
 
     unit_id: str
     rows: int
     skipped: dict[str, int]
     sha256: str
+    gene_rows: int | None = None
+    gene_sha256: str | None = None
 
     @property
     def path(self) -> str:
@@ -64,6 +69,10 @@ class ScanManifest(Record):
         Label columns of the table besides `donor_id`.
     num_cells
         Cells scanned.
+    noise
+        Effects below these are rounding; None in scans of versions that did not record it.
+    gene_shifts
+        Whether the table gene_shifts/ was written.
     units
         Every unit, in order.
     """
@@ -83,6 +92,8 @@ class ScanManifest(Record):
     num_cells: int
     rows: int
     skipped: dict[str, int]
+    noise: NoiseFloor | None = None
+    gene_shifts: bool = False
     units: list[UnitRecord]
 
     @classmethod
@@ -203,24 +214,38 @@ def shifts_table(
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
-def commit_unit(store: Store, unit_id: str, table: pa.Table, skipped: dict[str, int]) -> UnitRecord:
-    """Write a unit's file unless it is there already; the record is that of the file that is there."""
+def commit_unit(
+    store: Store, unit_id: str, table: pa.Table, skipped: dict[str, int], gene_shifts: pa.Table | None = None
+) -> UnitRecord:
+    """Write a unit's file unless it is there already; the record is that of the file that is there.
+
+    The gene shifts come first: a unit counts as done once its shifts are there.
+    """
+    if gene_shifts is not None:
+        store.create(gene_path(unit_id), _parquet(gene_shifts))
+    data = _parquet(table.replace_schema_metadata({"skipped": json.dumps(skipped, sort_keys=True)}))
+    store.create(unit_path(unit_id), data)
+    return read_unit_record(store, unit_id, gene_shifts is not None)
+
+
+def _parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
-    table = table.replace_schema_metadata({"skipped": json.dumps(skipped, sort_keys=True)})
     pq.write_table(table, sink, compression="zstd")
-    data = sink.getvalue()
-    if not store.create(unit_path(unit_id), data):
-        return read_unit_record(store, unit_id)
-    return UnitRecord(unit_id=unit_id, rows=table.num_rows, skipped=skipped, sha256=hashlib.sha256(data).hexdigest())
+    return sink.getvalue()
 
 
-def read_unit_record(store: Store, unit_id: str) -> UnitRecord:
-    """Describe a committed unit from its file."""
+def read_unit_record(store: Store, unit_id: str, gene_shifts: bool = False) -> UnitRecord:
+    """Describe a committed unit from its files."""
     data = store.read_bytes(unit_path(unit_id))
     found = pq.ParquetFile(io.BytesIO(data))
     skipped = json.loads((found.schema_arrow.metadata or {}).get(b"skipped", b"{}"))
     sha256 = hashlib.sha256(data).hexdigest()
-    return UnitRecord(unit_id=unit_id, rows=found.metadata.num_rows, skipped=skipped, sha256=sha256)
+    record = UnitRecord(unit_id=unit_id, rows=found.metadata.num_rows, skipped=skipped, sha256=sha256)
+    if not gene_shifts:
+        return record
+    data = store.read_bytes(gene_path(unit_id))
+    rows = pq.ParquetFile(io.BytesIO(data)).metadata.num_rows
+    return record.model_copy(update={"gene_rows": rows, "gene_sha256": hashlib.sha256(data).hexdigest()})
 
 
 def read_shifts(uri: str) -> tuple[ScanManifest, pl.DataFrame]:
@@ -234,12 +259,33 @@ def read_shifts(uri: str) -> tuple[ScanManifest, pl.DataFrame]:
     store = Store(uri)
     manifest = ScanManifest.read(store)
     schema = shifts_schema(manifest.columns, manifest.states, manifest.labels, manifest.joint)
-    tables = [schema.empty_table()]
-    for unit in manifest.units:
-        data = store.read_bytes(unit.path)
-        if hashlib.sha256(data).hexdigest() != unit.sha256:
-            raise UserError(f"{store.uri}/{unit.path}: not the file that the manifest names (SHA-256 differs)")
-        tables.append(pq.read_table(io.BytesIO(data), schema=schema))
-    frame = pl.from_arrow(pa.concat_tables(tables))
+    tables = [_read_part(store, unit.path, unit.sha256, schema) for unit in manifest.units]
+    frame = pl.from_arrow(pa.concat_tables([schema.empty_table(), *tables]))
     assert isinstance(frame, pl.DataFrame)
     return manifest, frame
+
+
+def iter_gene_shifts(uri: str) -> Iterator[pl.DataFrame]:
+    """Yield the gene shifts of a finished scan, one work unit at a time, each file with its hash checked.
+
+    Raises
+    ------
+    UserError
+        If the scan has none, or if a file is missing or was changed.
+    """
+    store = Store(uri)
+    manifest = ScanManifest.read(store)
+    if not manifest.gene_shifts:
+        raise UserError(f"{store.uri}: this scan wrote no gene_shifts; its config needs the table [gene_shifts]")
+    for unit in manifest.units:
+        table = _read_part(store, gene_path(unit.unit_id), unit.gene_sha256, gene_schema(manifest.joint))
+        frame = pl.from_arrow(table)
+        assert isinstance(frame, pl.DataFrame)
+        yield frame
+
+
+def _read_part(store: Store, path: str, sha256: str | None, schema: pa.Schema) -> pa.Table:
+    data = store.read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{store.uri}/{path}: not the file that the manifest names (SHA-256 differs)")
+    return pq.read_table(io.BytesIO(data), schema=schema)
