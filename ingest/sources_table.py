@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from corpus.errors import UserError
+from corpus.schema import obs_names
 from corpus.store import split_uri
 from ingest.settings import IngestSettings, Source
 
@@ -20,12 +21,18 @@ def all_sources(settings: IngestSettings) -> list[Source]:
     Raises
     ------
     UserError
-        If there are none, or the table is wrong.
+        If there are none, the table is wrong, or a source has a label that the corpus would not carry.
     """
     table = [] if settings.sources_table is None else read_sources(settings.sources_table)
     if not settings.sources and not table:
         raise UserError("no sources: give [[sources]] in the TOML file or a sources_table")
-    return [*settings.sources, *table]
+    sources = [*settings.sources, *table]
+    carried = obs_names(settings.extra_obs)
+    for source in sources:
+        lost = [name for name in (*source.labels, *source.obs) if name not in carried]
+        if lost:
+            raise UserError(f"{source.uri}: the label {lost[0]!r} would be lost: name it in extra_obs")
+    return sources
 
 
 def read_sources(uri: str) -> list[Source]:

@@ -117,6 +117,14 @@ def test_a_table_of_sources(tmp_path: Path) -> None:
         all_sources(IngestSettings())
 
 
+@pytest.mark.parametrize("given", [{"labels": {"genotype": "WT"}}, {"obs": {"genotype": "strain"}}])
+def test_a_label_that_the_corpus_would_not_carry_is_refused(given: dict[str, dict[str, str]]) -> None:
+    source = Source.model_validate({"uri": "a.csv", **given})
+    with pytest.raises(UserError, match=r"a\.csv: the label 'genotype' would be lost: name it in extra_obs"):
+        all_sources(IngestSettings(sources=[source]))
+    assert all_sources(IngestSettings(sources=[source], extra_obs=["genotype"])) == [source]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
