@@ -53,10 +53,24 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class StoredPicture:
+    """A PNG file that another command drew; see `Picture`."""
+
+    data: bytes
+    alt: str
+    caption: str = ""
+
+    @property
+    def uri(self) -> str:
+        """The picture as a data URI."""
+        return "data:image/png;base64," + base64.b64encode(self.data).decode()
+
+
+@dataclass(frozen=True)
 class Pictures:
     """Pictures side by side as far as there is room."""
 
-    pictures: Sequence[Picture]
+    pictures: Sequence[Picture | StoredPicture]
     kind: str = "pictures"
 
 

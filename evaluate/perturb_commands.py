@@ -11,7 +11,6 @@ from evaluate.perturb_settings import (
     ReadoutSettings,
     ScanSettings,
     StateSettings,
-    StatsSettings,
 )
 from evaluate.screen_settings import ScreenSettings, VerifySettings
 
@@ -106,19 +105,3 @@ class ScreenCommand(Command):
             f"{found.all_passes:,}; rank correlation with exact deletions of {len(found.controls)} random genes "
             f"{rank}, {agreement.top_overlap:.0%} of the {agreement.top} largest found\n{self.out}/genes.txt"
         )
-
-
-class StatsCommand(Command):
-    """Turn the shifts of a scan into one row per gene: effect, interval, p-value, FDR; and pictures."""
-
-    shifts: Uri
-    """Folder of a finished scan."""
-    out: Uri
-    """Folder for genes.parquet, genes.csv, summary.json and the pictures."""
-    stats: StatsSettings = StatsSettings()
-
-    def run(self) -> None:
-        """Test genes and write the tables."""
-        from evaluate.stats_report import write_stats
-
-        write_stats(self.shifts, self.out, self.stats)

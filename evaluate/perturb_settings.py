@@ -1,4 +1,4 @@
-"""Settings of perturbation scans and of their statistics."""
+"""Settings of perturbation scans."""
 
 import re
 from pathlib import Path
@@ -215,37 +215,4 @@ class ScanSettings(Settings):
                 f'readout.compat = "{self.readout.compat}": the original has only delete and overexpress, one by one '
                 "or joint, edited after truncation, of cells with all genes to delete, absent genes inserted"
             )
-        return self
-
-
-class StatsSettings(Settings):
-    """Statistics of a scan."""
-
-    mode: Literal["goal_state_shift", "vs_null", "mixture_model"] = "goal_state_shift"
-    """goal_state_shift: each gene (or set) towards each state; vs_null: against its shifts in the scan `null_shifts`;
-    mixture_model: genes with and without impact, by their similarity."""
-    null_shifts: str | None = None
-    """vs_null: folder of the other scan, of the same model."""
-    compare: str | None = None
-    """goal_state_shift: folder of another scan (another model's, say); their agreement goes into summary.json."""
-    min_cells: int = Field(10, ge=1)
-    """Genes perturbed in fewer cells are listed without a test."""
-    min_donors: int = Field(3, ge=2)
-    """Donors that a test over donors needs; with fewer, cells are compared, and the table says so."""
-    min_cells_per_donor: int = Field(1, ge=1)
-    """Cells of a donor that a gene needs for the donor to count."""
-    null_genes: int = Field(500, ge=20)
-    """Other genes, nearest in detection and rank, that a gene is compared with."""
-    confidence: float = Field(0.95, gt=0, lt=1)
-    fdr: float = Field(0.05, gt=0, lt=1)
-    """False discovery rate below which a gene is called significant in pictures and in the summary."""
-    top: int = Field(20, ge=1)
-    """Genes named in the summary and in the pictures."""
-
-    @model_validator(mode="after")
-    def _fits_mode(self) -> Self:
-        if (self.mode == "vs_null") == (self.null_shifts is None):
-            raise ValueError('null_shifts is needed by mode = "vs_null", and by no other mode')
-        if self.compare is not None and self.mode != "goal_state_shift":
-            raise ValueError('compare belongs to mode = "goal_state_shift"')
         return self

@@ -281,6 +281,7 @@ def volcano(
     effect_label: str,
     significance_label: str = "FDR",
     threshold: float = 0.05,
+    significant: np.ndarray | None = None,
     highlight: Sequence[str] = (),
     num_labels: int = 10,
 ) -> Figure:
@@ -292,6 +293,8 @@ def volcano(
         float[genes]; genes whose significance is missing are left out and counted in the title.
     names
         Symbol of each gene.
+    significant
+        bool[genes]; by default those whose `fdr` is below the threshold.
     highlight
         Symbols that are marked and named wherever they lie.
     num_labels
@@ -305,9 +308,10 @@ def volcano(
     height = -np.log10(np.maximum(np.where(known, fdr, 1.0), floor))
     with mpl.rc_context(STYLE):
         figure, axes = new_figure(5.4, 4.2)
-        strong = known & (fdr < threshold)
+        strong = known & (fdr < threshold if significant is None else significant)
+        weak = f"{significance_label} ≥ {threshold:g}" if significant is None else "not significant"
         for mask, colour, label in (
-            (known & ~strong, MISSING, f"{significance_label} ≥ {threshold:g} ({int((known & ~strong).sum()):,})"),
+            (known & ~strong, MISSING, f"{weak} ({int((known & ~strong).sum()):,})"),
             (
                 strong & (effect > 0),
                 PALETTE[3],

@@ -59,7 +59,7 @@ def build_sections(settings: ReportCommand) -> list[Section]:
         embedding_section(settings.embedding)
         if settings.embedding
         else not_run("embedding", "Embedding", "`evaluate embed`"),
-        perturbation_section(settings.perturb, settings.stats, settings.named_genes, settings.top_genes),
+        perturbation_section(settings.perturb, settings.stats, settings.named_genes, settings.top_genes, settings.maps),
     ]
     return [*sections, _caveats(sections), _appendix(settings)]
 

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from corpus.errors import UserError
 from corpus.store import Store
 from evaluate import plots
-from evaluate.page import Block, Details, Facts, Note, Picture, Pictures, Section, Table, Text
+from evaluate.page import Block, Details, Facts, Note, Picture, Pictures, Section, StoredPicture, Table, Text
 from evaluate.report_inputs import read_json, read_table
 
 _SINGLE_PRECISION = float(np.finfo(np.float32).eps)
@@ -27,12 +28,29 @@ _COLUMNS = {
     "mean_rank": "mean rank",
 }
 
+_NAMED = {
+    "mean": "mean shift",
+    "ci_low": "95 % from",
+    "ci_high": "to",
+    "null_mean": "matched genes",
+    "p_value": "p",
+    "fdr": "FDR",
+    "p_genes": "p among genes",
+    "n_cells": "cells",
+    "n_donors": "donors",
+}
+_NAMED_COLUMNS = ["gene", "rank among tested", "tested", "rank among all", "all", *_NAMED.values(), "test"]
 
-def perturbation_section(perturb: str | None, stats: str | None, named: Sequence[str], top: int) -> Section:
-    """Describe a scan and its statistics.
+
+def perturbation_section(
+    perturb: str | None, stats: str | None, named: Sequence[str], top: int, maps: Sequence[str] = ()
+) -> Section:
+    """Describe a scan, its statistics, and maps of cells before and after.
 
     Parameters
     ----------
+    maps
+        Folders of `evaluate map`.
     named
         Symbols or Ensembl ids to look up, whatever their rank.
     top
@@ -55,15 +73,16 @@ def perturbation_section(perturb: str | None, stats: str | None, named: Sequence
         blocks.append(Note("Not run: the folder of `evaluate perturb` was not part of this report."))
     else:
         blocks += _scan_blocks(read_json(Store(perturb), "manifest.json"))
+    drawn = _maps(maps)
     if stats is None:
-        blocks.append(Note("Not run: `evaluate stats` was not part of this report."))
+        blocks += [Note("Not run: `evaluate stats` was not part of this report."), *drawn]
         return Section("perturbation", title, blocks, caveats=caveats)
     store = Store(stats)
     summary = read_json(store, "summary.json")
     genes = read_table(store, "genes.parquet", ["ensembl_id", "symbol"])
     if not {"state", "mean", "fdr", "p_value"} <= set(genes.columns):
         mode = (summary.get("settings") or {}).get("mode", "another mode")
-        blocks += [Text(f"Statistics of the mode {mode}."), _plain_table(genes, 2 * top)]
+        blocks += [Text(f"Statistics of the mode {mode}."), _plain_table(genes, 2 * top), *drawn]
         return Section("perturbation", title, blocks, caveats=caveats)
     state = str(genes["state"][0])
     block = genes.filter(pl.col("state") == state)
@@ -71,7 +90,9 @@ def perturbation_section(perturb: str | None, stats: str | None, named: Sequence
     what = f"shift towards {goal}" if goal else "similarity to the unperturbed cell"
     threshold = float((summary.get("settings") or {}).get("fdr", 0.05))
     tested = block.filter(pl.col("p_value").is_not_null())
-    significant = tested.filter(pl.col("fdr") < threshold)
+    called = pl.col("significant") if "significant" in tested.columns else pl.col("fdr") < threshold
+    significant = tested.filter(called)
+    below_noise = int(tested["below_noise"].sum()) if "below_noise" in tested.columns else 0
     blocks.append(
         Facts(
             [
@@ -79,7 +100,8 @@ def perturbation_section(perturb: str | None, stats: str | None, named: Sequence
                 ("measure", what),
                 ("genes perturbed", len(block)),
                 ("genes tested", len(tested)),
-                (f"significant (FDR below {threshold:g})", len(significant)),
+                (f"significant (FDR below {threshold:g}, above rounding)", len(significant)),
+                ("tested genes whose effect is no larger than rounding", below_noise),
                 ("model checksum", str(summary.get("model_checksum"))[:16]),
             ]
         )
@@ -103,6 +125,7 @@ def perturbation_section(perturb: str | None, stats: str | None, named: Sequence
         blocks.append(Note("No gene had enough cells for a test; nothing can be ranked with confidence."))
         ranked = block.sort("mean", "ensembl_id", descending=[True, False])
         blocks.append(_gene_table(ranked.head(top), f"Untested genes of highest {what}."))
+    blocks += drawn
     others = [str(name) for name in genes["state"].unique(maintain_order=True) if name != state]
     for other in others:
         part = genes.filter((pl.col("state") == other) & pl.col("p_value").is_not_null())
@@ -128,6 +151,21 @@ def _scan_blocks(manifest: dict[str, Any]) -> list[Block]:
     return [Facts(facts)]
 
 
+def _maps(folders: Sequence[str]) -> list[Block]:
+    """Pictures of cells before and after, as `evaluate map` drew them."""
+    pictures = []
+    for folder in folders:
+        store = Store(folder)
+        if not store.exists("map.png"):
+            raise UserError(f"{store.uri}/map.png: no such file")
+        caption = (
+            "Left: a UMAP keeps neighbours, not distances. Right: every cell on the line between the centroids of the "
+            "two states."
+        )
+        pictures.append(StoredPicture(store.read_bytes("map.png"), "Cells before and after a perturbation", caption))
+    return [Pictures(pictures)] if pictures else []
+
+
 def _size_blocks(tested: pl.DataFrame, summary: dict[str, Any]) -> list[Block]:
     """Whether the shifts are large enough to mean anything."""
     if tested.is_empty():
@@ -138,12 +176,12 @@ def _size_blocks(tested: pl.DataFrame, summary: dict[str, Any]) -> list[Block]:
     if noise is not None:
         facts.append(("shift by rounding alone", float(noise)))
     blocks: list[Block] = [Facts(facts)]
-    if summary.get("goal") and largest < _SINGLE_PRECISION:
+    floor = max(_SINGLE_PRECISION, float(noise or 0))
+    if summary.get("goal") and largest < floor:
         blocks.append(
             Note(
-                f"No gene shifts the cells by more than {largest:.1e}, which is less than single precision resolves "
-                f"({_SINGLE_PRECISION:.1e}): to this model the states are the same. The order of the genes below, and "
-                "their significance, say nothing about biology."
+                f"No gene shifts the cells by more than {largest:.1e}, which is no more than rounding ({floor:.1e}): "
+                "to this model the states are the same. The order of the genes below says nothing about biology."
             )
         )
     return blocks
@@ -174,7 +212,7 @@ def _named(block: pl.DataFrame, named: Sequence[str]) -> tuple[Table, list[tuple
     for name in named:
         found = block.filter((pl.col("symbol").str.to_lowercase() == name.lower()) | (pl.col("ensembl_id") == name))
         if found.is_empty():
-            rows.append([name, None, None, None, None, None, None, None, None, "in no perturbed cell"])
+            rows.append([name, *[None] * (len(_NAMED_COLUMNS) - 2), "in no perturbed cell"])
             tiles.append((f"rank of {name}", "–", "not among the perturbed genes"))
             continue
         gene = found.row(0, named=True)
@@ -191,29 +229,14 @@ def _named(block: pl.DataFrame, named: Sequence[str]) -> tuple[Table, list[tuple
                 len(tested),
                 ranks[1],
                 len(block),
-                gene["mean"],
-                gene["p_value"],
-                gene["fdr"],
-                gene["n_cells"],
+                *(gene.get(column) for column in _NAMED),
                 remark,
             ]
         )
         best, total = (ranks[0], len(tested)) if ranks[0] is not None else (ranks[1], len(block))
         kind = "tested" if ranks[0] is not None else "perturbed (not tested)"
         tiles.append((f"rank of {gene['symbol']}", f"{best:,}", f"of {total:,} {kind} genes"))
-    columns = [
-        "gene",
-        "rank among tested",
-        "tested",
-        "rank among all",
-        "all",
-        "mean shift",
-        "p",
-        "FDR",
-        "cells",
-        "test",
-    ]
-    return Table(columns, rows, "Named genes, wherever they rank (1 is the highest mean shift)."), tiles
+    return Table(_NAMED_COLUMNS, rows, "Named genes, wherever they rank (1 is the highest mean shift)."), tiles
 
 
 def _symbols(block: pl.DataFrame, named: Sequence[str]) -> list[str]:
@@ -233,6 +256,7 @@ def _pictures(
         block["symbol"].to_list(),
         effect_label=f"{what}, minus that of matched genes" if has_excess else what,
         threshold=threshold,
+        significant=block["significant"].to_numpy() if "significant" in block.columns else None,
         highlight=highlight,
     )
     bars = plots.gene_bars(

@@ -5,8 +5,12 @@ centred on zero. Each shift is therefore compared with those of the other genes 
 and in detection (`add_null`). What is left, the excess, is tested over donors where there are enough of them: cells of
 one animal are no replicates. With fewer donors cells are all there is; such p-values say nothing about variation
 between animals, and the column `test` says that they were made this way.
+
+A scan may be larger than memory: `sum_block` reduces a block of whole cells to sums per gene and donor, `merge` adds
+them up, `genes_from_sums` tests. The formulas are in docs/statistics.md.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +18,7 @@ import polars as pl
 import scipy.stats
 
 from evaluate.moderation import moderate
-from evaluate.perturb_settings import StatsSettings
+from evaluate.stats_settings import StatsSettings
 
 NULL_SIZE = 20
 """Other genes that a cell must offer as a null."""
@@ -39,18 +43,81 @@ class Keys:
 
 
 KEYS = Keys()
+_BIN = [KEYS.cell, "_rank_bin", "_bin"]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What the tests need of some cells, for one measure.
+
+    Parameters
+    ----------
+    genes
+        One row a gene: `n`, `n_cells`, `mean` and `m2` (squares about the mean) of the value; `n_null`, `null_mean`,
+        `null_size`, `excess` and `drawn` (variance of the excess if cells were independent), all sums over its cells.
+    donors
+        One row a gene and donor: `n` and `value`, `n_null` and `excess`, sums over its cells.
+    """
+
+    genes: pl.DataFrame
+    donors: pl.DataFrame
+
+
+def count_detections(frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows of each gene, as `detected`; of several blocks, add them up."""
+    return frame.group_by(KEYS.gene).agg(pl.len().alias("detected"))
+
+
+def assign_bins(frame: pl.DataFrame, detections: pl.DataFrame) -> pl.DataFrame:
+    """Cut each cell's rows into bins of equal size by rank, and each of these by detection.
+
+    A bin holds at least `NULL_SIZE` rows besides the one looked at, if the cell has as many.
+
+    Parameters
+    ----------
+    frame
+        Whole cells: `ensembl_id`, `cell_id`, `rank`, one row a cell and gene.
+    detections
+        `ensembl_id`, `detected` over all cells of the scan.
+    """
+    frame = frame.join(detections, on=KEYS.gene, how="left", validate="m:1", maintain_order="left")
+    of_cell = pl.len().over(KEYS.cell)
+    bins = ((of_cell - 1) / NULL_SIZE).sqrt().floor().clip(1, _MAX_BINS)
+    frame = frame.with_columns(bins.cast(pl.Int32).alias("_bins"), of_cell.cast(pl.Int32).alias("_rows"))
+    by_rank = pl.col(KEYS.rank).rank("ordinal").over(KEYS.cell) - 1
+    frame = frame.with_columns((by_rank * pl.col("_bins") // pl.col("_rows")).alias("_rank_bin"))
+    group = _BIN[:2]
+    by_detection = pl.col("detected").rank("ordinal").over(group) - 1
+    frame = frame.with_columns((by_detection * pl.col("_bins") // pl.len().over(group)).alias("_bin"))
+    return frame.drop("detected", "_bins", "_rows")
+
+
+def _compare_in_bins(frame: pl.DataFrame, value: str) -> pl.DataFrame:
+    """See `add_null`; the bins are there already."""
+    x, size = pl.col(value).cast(pl.Float64), pl.len().over(_BIN).cast(pl.Int64) - 1
+    # Variances from sums need centred numbers: shifts of a bin differ little compared with their size.
+    frame = frame.with_columns((x - x.mean().over(_BIN)).alias("_centred"), x.mean().over(_BIN).alias("_bin_mean"))
+    y = pl.col("_centred")
+    others = y.sum().over(_BIN) - y
+    squares = (y**2).sum().over(_BIN) - y**2
+    mean = others / size
+    variance = (squares - size * mean**2) / (size - 1)
+    enough = size >= NULL_SIZE - 1
+    return frame.with_columns(
+        pl.when(enough).then(pl.col("_bin_mean") + mean).alias("null_mean"),
+        pl.when(enough).then(variance.clip(0)).alias("null_var"),
+        pl.when(enough).then(size).alias("null_size"),
+        pl.when(enough).then(y - mean).alias("excess"),
+    )
 
 
 def add_null(frame: pl.DataFrame, value: str) -> pl.DataFrame:
     """Add to each row what the other genes of its cell and bin say.
 
-    A cell's rows are cut into bins of equal size by rank, and each of these by the number of cells that their genes
-    were perturbed in, so that a bin holds at least `NULL_SIZE` rows besides the one looked at.
-
     Parameters
     ----------
     frame
-        `ensembl_id`, `cell_id`, `rank` and the value, one row a cell and gene.
+        All cells: `ensembl_id`, `cell_id`, `rank` and the value, one row a cell and gene.
     value
         Name of the column tested.
 
@@ -59,39 +126,58 @@ def add_null(frame: pl.DataFrame, value: str) -> pl.DataFrame:
     The frame with `null_mean` and `null_var` (mean and variance of the others), `null_size` (how many) and `excess`
     (value minus `null_mean`); null where the cell has too few other genes.
     """
-    of_cell = pl.len().over(KEYS.cell)
-    bins = ((of_cell - 1) / NULL_SIZE).sqrt().floor().clip(1, _MAX_BINS)
-    frame = frame.with_columns(
-        pl.len().over(KEYS.gene).alias("_detected"),
-        bins.cast(pl.Int32).alias("_bins"),
-        of_cell.cast(pl.Int32).alias("_rows"),
-    )
-    by_rank = pl.col(KEYS.rank).rank("ordinal").over(KEYS.cell) - 1
-    frame = frame.with_columns((by_rank * pl.col("_bins") // pl.col("_rows")).alias("_rank_bin"))
-    group = [KEYS.cell, "_rank_bin"]
-    by_detection = pl.col("_detected").rank("ordinal").over(group) - 1
-    frame = frame.with_columns((by_detection * pl.col("_bins") // pl.len().over(group)).alias("_bin"))
-    group = [*group, "_bin"]
-    x, size = pl.col(value).cast(pl.Float64), pl.len().over(group).cast(pl.Int64) - 1
-    # Variances from sums need centred numbers: shifts of a bin differ little compared with their size.
-    frame = frame.with_columns((x - x.mean().over(group)).alias("_centred"), x.mean().over(group).alias("_bin_mean"))
-    y = pl.col("_centred")
-    others = y.sum().over(group) - y
-    squares = (y**2).sum().over(group) - y**2
-    mean = others / size
-    variance = (squares - size * mean**2) / (size - 1)
-    enough = size >= NULL_SIZE - 1
-    frame = frame.with_columns(
-        pl.when(enough).then(pl.col("_bin_mean") + mean).alias("null_mean"),
-        pl.when(enough).then(variance.clip(0)).alias("null_var"),
-        pl.when(enough).then(size).alias("null_size"),
-        pl.when(enough).then(y - mean).alias("excess"),
-    )
+    frame = _compare_in_bins(assign_bins(frame, count_detections(frame)), value)
     return frame.drop(name for name in frame.columns if name.startswith("_"))
 
 
+def sum_block(binned: pl.DataFrame, value: str) -> Sums:
+    """Reduce a block of whole cells, with their bins, to what the tests need."""
+    frame = _compare_in_bins(binned, value).with_columns(pl.col(value).cast(pl.Float64).alias("_x"))
+    x = pl.col("_x")
+    # The mean of the others has an error of its own, which counts: a draw minus the mean of `null_size` other draws.
+    drawn = pl.col("null_var") * (1 + 1 / pl.col("null_size"))
+    genes = frame.group_by(KEYS.gene).agg(
+        pl.len().cast(pl.Int64).alias("n"),
+        pl.col(KEYS.cell).n_unique().cast(pl.Int64).alias("n_cells"),
+        x.mean().alias("mean"),
+        ((x - x.mean()) ** 2).sum().alias("m2"),
+        pl.col("excess").count().cast(pl.Int64).alias("n_null"),
+        pl.col("null_mean").sum(),
+        pl.col("null_size").sum().cast(pl.Int64),
+        pl.col("excess").sum(),
+        drawn.sum().alias("drawn"),
+    )
+    donors = frame.drop_nulls(KEYS.donor).group_by(KEYS.gene, KEYS.donor)
+    return Sums(
+        genes,
+        donors.agg(
+            pl.len().cast(pl.Int64).alias("n"),
+            x.sum().alias("value"),
+            pl.col("excess").count().cast(pl.Int64).alias("n_null"),
+            pl.col("excess").sum(),
+        ),
+    )
+
+
+def merge(parts: Iterable[Sums]) -> Sums:
+    """Add up the sums of several blocks; each cell in one block alone."""
+    parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
+    genes = pl.concat([part.genes for part in parts]).with_columns(
+        ((pl.col("mean") * pl.col("n")).sum() / pl.col("n").sum()).over(KEYS.gene).alias("_mean")
+    )
+    between = pl.col("n") * (pl.col("mean") - pl.col("_mean")) ** 2
+    sums = ["n", "n_cells", "n_null", "null_mean", "null_size", "excess", "drawn"]
+    genes = genes.group_by(KEYS.gene, maintain_order=True).agg(
+        pl.col("_mean").first().alias("mean"), (pl.col("m2") + between).sum().alias("m2"), pl.col(sums).sum()
+    )
+    donors = pl.concat([part.donors for part in parts]).group_by(KEYS.gene, KEYS.donor, maintain_order=True)
+    return Sums(genes.select(parts[0].genes.columns), donors.agg(pl.col("n", "value", "n_null", "excess").sum()))
+
+
 def gene_statistics(frame: pl.DataFrame, value: str, settings: StatsSettings) -> pl.DataFrame:
-    """Test every gene.
+    """Test every gene of a scan that fits into memory; see `genes_from_sums`.
 
     Parameters
     ----------
@@ -99,6 +185,17 @@ def gene_statistics(frame: pl.DataFrame, value: str, settings: StatsSettings) ->
         `ensembl_id`, `cell_id`, `donor_id` (may be null), `rank` and the value, one row a cell and gene.
     value
         Name of the column tested.
+    """
+    return genes_from_sums(sum_block(assign_bins(frame, count_detections(frame)), value), settings)
+
+
+def genes_from_sums(sums: Sums, settings: StatsSettings) -> pl.DataFrame:
+    """Test every gene.
+
+    Parameters
+    ----------
+    sums
+        Over all cells of a scan.
 
     Returns
     -------
@@ -108,12 +205,10 @@ def gene_statistics(frame: pl.DataFrame, value: str, settings: StatsSettings) ->
     genes (Benjamini and Hochberg 1995); `p_genes`, the share of the `null_genes` = M other genes nearest in detection
     whose excess is as extreme, (1 + hits) / (M + 1) on the nearer side, doubled; `test`, which test was done.
     """
-    frame = add_null(frame, value).with_columns(pl.col(value).cast(pl.Float64))
-    genes = _cell_level(frame, value)
-    over_donors = frame[KEYS.donor].n_unique() - (frame[KEYS.donor].null_count() > 0) >= settings.min_donors
+    genes = _cell_level(sums)
     has_null = genes["null_size"].fill_null(0) > 0
-    if over_donors:
-        genes = _donor_level(frame, genes, value, settings)
+    if sums.donors[KEYS.donor].n_unique() >= settings.min_donors:
+        genes = _donor_level(sums, genes, settings)
         named = pl.when(has_null).then(pl.lit(OVER_DONORS)).otherwise(pl.lit(OVER_DONORS_ZERO))
     else:
         genes = _pooled(genes, settings)
@@ -129,21 +224,22 @@ def gene_statistics(frame: pl.DataFrame, value: str, settings: StatsSettings) ->
     return _among_genes(genes, settings).drop("null_error", "value_error")
 
 
-def _cell_level(frame: pl.DataFrame, value: str) -> pl.DataFrame:
+def _cell_level(sums: Sums) -> pl.DataFrame:
     """Per gene: counts, means over cells, and the standard errors of value and excess if cells were independent."""
-    # The mean of the others has an error of its own, which counts: a draw minus the mean of `null_size` other draws.
-    drawn = pl.col("null_var") * (1 + 1 / pl.col("null_size"))
+    n, n_null = pl.col("n"), pl.when(pl.col("n_null") > 0).then(pl.col("n_null"))
+    donors = sums.donors.group_by(KEYS.gene).agg(pl.len().alias("n_donors"))
     return (
-        frame.group_by(KEYS.gene)
-        .agg(
-            pl.col(KEYS.cell).n_unique().alias("n_cells"),
-            pl.col(KEYS.donor).drop_nulls().n_unique().alias("n_donors"),
-            pl.col(value).mean().alias("mean"),
-            (pl.col(value).std() / pl.len().sqrt()).alias("value_error"),
-            pl.col("null_mean").mean(),
-            pl.col("null_size").sum(),
-            pl.col("excess").mean(),
-            (drawn.sum().sqrt() / drawn.count()).alias("null_error"),
+        sums.genes.join(donors, on=KEYS.gene, how="left", validate="1:1")
+        .select(
+            KEYS.gene,
+            pl.col("n_cells").cast(pl.UInt32),
+            pl.col("n_donors").fill_null(0).cast(pl.UInt32),
+            pl.col("mean"),
+            pl.when(n > 1).then((pl.col("m2") / (n - 1) / n).sqrt()).alias("value_error"),
+            pl.col("null_mean") / n_null,
+            pl.col("null_size"),
+            pl.col("excess") / n_null,
+            (pl.col("drawn").sqrt() / n_null).alias("null_error"),
         )
         .sort(KEYS.gene)
     )
@@ -162,18 +258,16 @@ def _pooled(genes: pl.DataFrame, settings: StatsSettings) -> pl.DataFrame:
     return genes.with_columns(column("ci_low", mean - half), column("ci_high", mean + half), column("p_value", p_value))
 
 
-def _donor_level(frame: pl.DataFrame, genes: pl.DataFrame, value: str, settings: StatsSettings) -> pl.DataFrame:
-    per_donor = (
-        frame.drop_nulls(KEYS.donor)
-        .group_by(KEYS.gene, KEYS.donor)
-        .agg(pl.col(value).mean(), pl.col("excess").mean(), pl.len().alias("n"))
-        .filter(pl.col("n") >= settings.min_cells_per_donor)
-        .sort(KEYS.gene, KEYS.donor)
+def _donor_level(sums: Sums, genes: pl.DataFrame, settings: StatsSettings) -> pl.DataFrame:
+    per_donor = sums.donors.filter(pl.col("n") >= settings.min_cells_per_donor).sort(KEYS.gene, KEYS.donor)
+    per_donor = per_donor.with_columns(
+        pl.col("value") / pl.col("n"),
+        pl.when(pl.col("n_null") > 0).then(pl.col("excess") / pl.col("n_null")).alias("excess"),
     )
     rows = np.searchsorted(genes[KEYS.gene].to_numpy(), per_donor[KEYS.gene].to_numpy())
     donors, columns = np.unique(per_donor[KEYS.donor].to_numpy(), return_inverse=True)
     values, excess = np.full((2, len(genes), len(donors)), np.nan)
-    values[rows, columns] = per_donor[value].to_numpy()
+    values[rows, columns] = per_donor["value"].to_numpy()
     excess[rows, columns] = per_donor["excess"].fill_null(np.nan).to_numpy()
     tested = np.isfinite(values).sum(axis=1) >= settings.min_donors
     # Genes of like detection have like errors; the prior of the variance is theirs.

@@ -1,38 +1,67 @@
-"""Statistics modes besides the shift towards a state: one scan against another, and a mixture of impact and none.
+"""Two of the published modes, one scan against another and a mixture of impact and none; and comparing two scans.
 
 The names are the published ones (Theodoris et al., Nature 618, 616-624, 2023; Ito et al., PLOS Genetics 21(3):
 e1011420, 2025). Where these pool cells as if they were independent, donors are compared here if there are enough.
 """
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 import scipy.stats
 from sklearn.mixture import GaussianMixture
 
-from evaluate.perturb_settings import StatsSettings
 from evaluate.stats import KEYS, TOO_FEW_CELLS, benjamini_hochberg, column
+from evaluate.stats_settings import StatsSettings
 
 OVER_DONORS_VS = "donors, Welch's t-test"
 OVER_CELLS_VS = "cells pooled (too few donors), rank-sum test"
 ONE_COMPONENT = "one component fits as well"
+_MIN_GENES = 10
 
 
-def versus_null(test: pl.DataFrame, null: pl.DataFrame, value: str, settings: StatsSettings) -> pl.DataFrame:
-    """Compare the shifts of each gene in one scan with those in another (other start cells, other perturbation).
+@dataclass(frozen=True)
+class Paired:
+    """Two scans side by side.
+
+    Parameters
+    ----------
+    genes
+        One row per gene of both: `ensembl_id`; of the first scan `n_cells`, `n_donors` and the lists `cell_values` and
+        `donor_means`; of the second the same with `_null`.
+    num_donors
+        Donors of either scan.
+    """
+
+    genes: pl.DataFrame
+    num_donors: tuple[int, int]
+
+
+def pair_scans(test: Iterable[pl.DataFrame], null: Iterable[pl.DataFrame], value: str) -> Paired:
+    """Collect the values of each gene; memory holds one number a row of either scan.
 
     Parameters
     ----------
     test, null
-        `ensembl_id`, `cell_id`, `donor_id` and the value, one row a cell and gene.
+        Blocks of whole cells: `ensembl_id`, `cell_id`, `donor_id` and the value, one row a cell and gene.
+    """
+    (first, num_donors), (second, num_donors_null) = (_collect(blocks, value) for blocks in (test, null))
+    second = second.rename({name: f"{name}_null" for name in second.columns if name != KEYS.gene})
+    genes = first.join(second, on=KEYS.gene, how="inner", validate="1:1").sort(KEYS.gene)
+    return Paired(genes, (num_donors, num_donors_null))
+
+
+def versus_null(paired: Paired, settings: StatsSettings) -> pl.DataFrame:
+    """Compare the shifts of each gene in one scan with those in another (other start cells, other perturbation).
 
     Returns
     -------
-    One row per gene of both scans: `n_cells`, `n_cells_null`, `n_donors`, `n_donors_null`, `mean`, `mean_null`,
-    `difference`, two-sided `p_value`, `fdr`, `test`.
+    One row a gene: `n_cells`, `n_cells_null`, `n_donors`, `n_donors_null`, `mean`, `mean_null`, `difference`, two-sided
+    `p_value`, `fdr`, `test`.
     """
-    sides = [_side(frame, value, suffix) for frame, suffix in ((test, ""), (null, "_null"))]
-    genes = sides[0].join(sides[1], on=KEYS.gene, how="inner", validate="1:1").sort(KEYS.gene)
-    over_donors = all(_num_donors(frame) >= settings.min_donors for frame in (test, null))
+    genes = paired.genes
+    over_donors = min(paired.num_donors) >= settings.min_donors
     used = "donor_means" if over_donors else "cell_values"
     p_values, means, few = [], [], []
     for row in genes.iter_rows(named=True):
@@ -56,21 +85,28 @@ def versus_null(test: pl.DataFrame, null: pl.DataFrame, value: str, settings: St
     )  # fmt: skip
 
 
-def _side(frame: pl.DataFrame, value: str, suffix: str) -> pl.DataFrame:
-    of_donors = frame.drop_nulls(KEYS.donor).group_by(KEYS.gene, KEYS.donor).agg(pl.col(value).cast(pl.Float64).mean())
-    of_donors = of_donors.sort(KEYS.gene, KEYS.donor).group_by(KEYS.gene).agg(pl.col(value).alias("donor_means"))
-    of_cells = frame.group_by(KEYS.gene).agg(
-        pl.col(KEYS.cell).n_unique().alias("n_cells"),
-        pl.col(KEYS.donor).drop_nulls().n_unique().alias("n_donors"),
-        pl.col(value).cast(pl.Float64).alias("cell_values"),
+def _collect(blocks: Iterable[pl.DataFrame], value: str) -> tuple[pl.DataFrame, int]:
+    of_cells, of_donors = [], []
+    for block in blocks:
+        frame = block.with_columns(pl.col(value).cast(pl.Float64).alias("x"))
+        of_cells.append(
+            frame.group_by(KEYS.gene).agg(
+                pl.col(KEYS.cell).n_unique().alias("n_cells"), pl.col("x").alias("cell_values")
+            )
+        )
+        donors = frame.drop_nulls(KEYS.donor).group_by(KEYS.gene, KEYS.donor)
+        of_donors.append(donors.agg(pl.len().alias("n"), pl.col("x").sum()))
+    per_donor = pl.concat(of_donors).group_by(KEYS.gene, KEYS.donor).agg(pl.col("x").sum() / pl.col("n").sum())
+    means = per_donor.sort(KEYS.gene, KEYS.donor).group_by(KEYS.gene)
+    genes = (
+        pl.concat(of_cells)
+        .group_by(KEYS.gene, maintain_order=True)
+        .agg(pl.col("n_cells").sum(), pl.col("cell_values").explode())
+        .join(means.agg(pl.len().alias("n_donors"), pl.col("x").alias("donor_means")), on=KEYS.gene, how="left")
+        .with_columns(pl.col("n_donors").fill_null(0), pl.col("donor_means").fill_null(pl.lit([], pl.List(pl.Float64))))
+        .select(KEYS.gene, "n_cells", "n_donors", "cell_values", "donor_means")
     )
-    joined = of_cells.join(of_donors, on=KEYS.gene, how="left")
-    joined = joined.with_columns(pl.col("donor_means").fill_null(pl.lit([], pl.List(pl.Float64))))
-    return joined.rename({name: name + suffix for name in joined.columns if name != KEYS.gene})
-
-
-def _num_donors(frame: pl.DataFrame) -> int:
-    return frame[KEYS.donor].drop_nulls().n_unique()
+    return genes, per_donor[KEYS.donor].n_unique()
 
 
 def _welch(a: np.ndarray, b: np.ndarray) -> float:
@@ -79,78 +115,142 @@ def _welch(a: np.ndarray, b: np.ndarray) -> float:
     return float(scipy.stats.ttest_ind(a, b, equal_var=False).pvalue)
 
 
-def mixture(frame: pl.DataFrame, settings: StatsSettings) -> pl.DataFrame:
-    """Tell genes with an impact from those without, by a mixture of two normals of the mean similarity.
+@dataclass(frozen=True)
+class Components:
+    """Two normals of the mean similarity, in units of `spread` from `centre`; the impact is that of lower mean."""
 
-    The component of lower mean similarity is the impact, whichever number the fit gave it.
+    fit: GaussianMixture
+    centre: float
+    spread: float
+
+    @property
+    def impact(self) -> int:
+        """Number of the impact component, whichever the fit gave it."""
+        return int(np.argmin(self.fit.means_[:, 0]))
+
+    def probability(self, similarity: np.ndarray) -> np.ndarray:
+        """float64: probability of belonging to the impact component."""
+        scaled = (np.asarray(similarity, dtype=np.float64)[:, None] - self.centre) / self.spread
+        found: np.ndarray = self.fit.predict_proba(scaled)[:, self.impact]
+        return found
+
+    def is_impact(self, similarity: np.ndarray) -> np.ndarray:
+        """bool: below the impact component's mean, or below the other's and more probably impact than not."""
+        scaled = (np.asarray(similarity, dtype=np.float64) - self.centre) / self.spread
+        low, high = np.sort(self.fit.means_[:, 0])
+        return (scaled < low) | ((scaled <= high) & (self.probability(similarity) >= 0.5))
+
+    def call(self, similarity: np.ndarray) -> list[str]:
+        """Name each similarity, see `mixture`."""
+        scaled = (similarity - self.centre) / self.spread
+        low, high = np.sort(self.fit.means_[:, 0])
+        names = np.where(self.is_impact(similarity), "impact", "none")
+        between = (scaled >= low) & (scaled <= high)
+        return [f"predicted {name}" if open_ else str(name) for name, open_ in zip(names, between, strict=True)]
+
+
+def fit_components(similarity: np.ndarray) -> Components | None:
+    """Fit two normals to mean similarities; None if they are all equal or one normal fits no worse (by BIC)."""
+    if np.ptp(similarity) == 0:
+        return None
+    # Similarities lie close to 1; in units of their spread the fit does not run into its smallest variance.
+    centre, spread = float(similarity.mean()), float(similarity.std())
+    scaled = (similarity[:, None] - centre) / spread
+    one, two = (GaussianMixture(k, n_init=5, random_state=0).fit(scaled) for k in (1, 2))
+    return Components(two, centre, spread) if two.bic(scaled) < one.bic(scaled) else None
+
+
+def mixture(
+    genes: pl.DataFrame, blocks: Iterable[pl.DataFrame], settings: StatsSettings
+) -> tuple[pl.DataFrame, Components | None]:
+    """Tell genes with an impact from those without, by a mixture of two normals of the mean similarity.
 
     Parameters
     ----------
-    frame
-        `ensembl_id`, `cell_id` and `similarity`, one row a cell and gene.
+    genes
+        `ensembl_id`, `n_cells` and `mean_similarity`, one row a gene.
+    blocks
+        `ensembl_id` and `similarity`, one row a cell and gene; read only if there are two components.
 
     Returns
     -------
-    One row a gene: `n_cells`, `mean_similarity`, `impact_probability` (of belonging to the impact component), `impact`
-    ("impact" below that component's mean, "none" above the other's, else "predicted impact" or "predicted none" by the
-    larger probability) and `test`. Where one normal fits no worse (Bayesian information criterion), `impact` is null
-    and `test` says so.
+    genes
+        With `impact_probability` (of belonging to the component of lower mean, the impact), `impact` ("impact" below
+        that component's mean, "none" above the other's, else "predicted impact" or "predicted none" by the larger
+        probability), `impact_share` (of the gene's cells, each judged in the same way) and `test`. Where one normal
+        fits no worse (Bayesian information criterion), these are null and `test` says so. Lowest similarity first.
+    components
+        What was fitted.
     """
-    genes = frame.group_by(KEYS.gene).agg(
-        pl.col(KEYS.cell).n_unique().alias("n_cells"), pl.col("similarity").mean().alias("mean_similarity")
-    )
     genes = genes.sort("mean_similarity", KEYS.gene)
     enough = (genes["n_cells"] >= settings.min_cells).to_numpy()
-    # Similarities lie close to 1; in units of their spread the fit does not run into its smallest variance.
-    x = genes["mean_similarity"].to_numpy()[:, None]
+    means = genes["mean_similarity"].to_numpy()
     probability = np.full(len(genes), np.nan)
     impact: list[str | None] = [None] * len(genes)
     tests = np.where(enough, "mixture of two normals", TOO_FEW_CELLS).astype(object)
-    if enough.sum() >= 10 and np.ptp(x[enough]) > 0:
-        centre, spread = x[enough].mean(), x[enough].std()
-        scaled = (x - centre) / spread
-        fits = [GaussianMixture(k, n_init=5, random_state=0).fit(scaled[enough]) for k in (1, 2)]
-        if fits[1].bic(scaled[enough]) < fits[0].bic(scaled[enough]):
-            low = int(np.argmin(fits[1].means_[:, 0]))
-            means = fits[1].means_[:, 0]
-            probability[enough] = fits[1].predict_proba(scaled[enough])[:, low]
-            for row in np.flatnonzero(enough):
-                likely = "predicted impact" if probability[row] >= 0.5 else "predicted none"
-                outside = scaled[row, 0] < means[low] or scaled[row, 0] > means[1 - low]
-                impact[row] = likely.removeprefix("predicted ") if outside else likely
-        else:
-            tests[enough] = ONE_COMPONENT
+    components = fit_components(means[enough]) if enough.sum() >= _MIN_GENES else None
+    share = pl.DataFrame(schema={KEYS.gene: pl.String, "impact_share": pl.Float64})
+    if components is not None:
+        probability[enough] = components.probability(means[enough])
+        for row, called in zip(np.flatnonzero(enough), components.call(means[enough]), strict=True):
+            impact[row] = called
+        share = impact_share(blocks, components)
     elif enough.any():
-        tests[enough] = "none: too few genes"
-    return genes.with_columns(
+        tests[enough] = ONE_COMPONENT if enough.sum() >= _MIN_GENES else "none: too few genes"
+    table = genes.with_columns(
         column("impact_probability", probability),
         pl.Series("impact", impact, pl.String),
         pl.Series("test", tests.tolist(), pl.String),
     )
+    return table.join(share, on=KEYS.gene, how="left", validate="1:1", maintain_order="left"), components
 
 
-def compare_scans(first: pl.DataFrame, second: pl.DataFrame) -> dict[str, float | int | list[str]]:
+def impact_share(blocks: Iterable[pl.DataFrame], components: Components) -> pl.DataFrame:
+    """Share of each gene's cells whose similarity is called an impact: `ensembl_id`, `impact_share`."""
+    parts = []
+    for block in blocks:
+        called = pl.Series("called", components.is_impact(block["similarity"].to_numpy()))
+        counts = block.select(KEYS.gene).with_columns(called).group_by(KEYS.gene)
+        parts.append(counts.agg(pl.len().alias("n"), pl.col("called").sum()))
+    return pl.concat(parts).group_by(KEYS.gene).agg((pl.col("called").sum() / pl.col("n").sum()).alias("impact_share"))
+
+
+def compare_scans(first: pl.DataFrame, second: pl.DataFrame) -> tuple[dict[str, float | int | list[str]], pl.DataFrame]:
     """Agreement of two tables of genes for one state, for example of two models.
 
     Parameters
     ----------
     first, second
-        `symbol`, `ensembl_id`, `mean`, as `genes_table` gives them.
+        `symbol`, `ensembl_id`, `mean`, `significant`, as `genes_table` gives them.
 
     Returns
     -------
-    Genes in common, Spearman's rho of their means, overlap of the 100 largest, and the symbols whose sign differs.
+    summary
+        Genes in common, Spearman's rho of their means, overlap of the 100 largest means; `sign_flips`, the symbols of
+        opposite sign, and `sign_flips_significant`, those of them that are significant in either scan.
+    genes
+        `ensembl_id, symbol, mean, mean_other, significant, significant_other, sign_flip`; nothing is averaged.
     """
-    both = first.select(KEYS.gene, "symbol", "mean").join(
-        second.select(KEYS.gene, pl.col("mean").alias("other")), on=KEYS.gene, how="inner", validate="1:1"
+    other = second.select(
+        KEYS.gene, pl.col("mean").alias("mean_other"), pl.col("significant").alias("significant_other")
     )
-    both = both.drop_nulls().sort(KEYS.gene)
-    top = [set(both.top_k(min(100, len(both)), by=name)[KEYS.gene]) for name in ("mean", "other")]
-    flips = both.filter(pl.col("mean").sign() * pl.col("other").sign() < 0)
-    rho = scipy.stats.spearmanr(both["mean"], both["other"]).statistic if len(both) > 2 else float("nan")
-    return {
+    both = first.select(KEYS.gene, "symbol", "mean", "significant").join(
+        other, on=KEYS.gene, how="inner", validate="1:1"
+    )
+    both = both.drop_nulls(["mean", "mean_other"]).sort(KEYS.gene)
+    both = both.select(
+        KEYS.gene, "symbol", "mean", "mean_other", "significant", "significant_other",
+        (pl.col("mean").sign() * pl.col("mean_other").sign() < 0).alias("sign_flip"),
+    )  # fmt: skip
+    top = [set(both.top_k(min(100, len(both)), by=name)[KEYS.gene]) for name in ("mean", "mean_other")]
+    flips = both.filter("sign_flip")
+    varies = len(both) > 2 and both["mean"].n_unique() > 1 and both["mean_other"].n_unique() > 1
+    rho = scipy.stats.spearmanr(both["mean"], both["mean_other"]).statistic if varies else float("nan")
+    summary: dict[str, float | int | list[str]] = {
         "genes": len(both),
         "spearman": float(rho),
         "top_100_overlap": len(top[0] & top[1]),
         "sign_flips": flips["symbol"].to_list(),
+        "sign_flips_significant": flips.filter(pl.col("significant") | pl.col("significant_other"))["symbol"].to_list(),
     }
+    return summary, both

@@ -2,168 +2,226 @@
 
 import io
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
 from corpus.errors import UserError
 from corpus.provenance import record_run
+from corpus.species import load_genes
 from corpus.store import Store
-from evaluate import plots
-from evaluate.perturb_settings import StatsSettings
-from evaluate.shifts import MANIFEST, NOISE, PROBABILITY, SHIFT, ScanManifest, read_shifts
-from evaluate.stats import KEYS, gene_statistics
-from evaluate.stats_modes import compare_scans, mixture, versus_null
+from evaluate import plots, stats_compat
+from evaluate.enrichment import enrich, read_gene_sets
+from evaluate.shift_blocks import ShiftBlocks, gene_shift_blocks
+from evaluate.shifts import MANIFEST, ScanManifest
+from evaluate.stats import KEYS
+from evaluate.stats_aggregate import AFFECTED, aggregate_cells, aggregate_effects
+from evaluate.stats_modes import compare_scans, mixture, pair_scans, versus_null
+from evaluate.stats_pictures import comparison_pictures, goal_pictures, volcano_of
+from evaluate.stats_settings import StatsSettings
+from evaluate.stats_tables import SIMILARITY, Measure, about_genes, genes_table, measures
 
-SIMILARITY = "similarity"
-MITOCHONDRIAL = r"(?i)^mt-"
-# Rps6ka1 and its like are kinases; pseudogenes (Rps10-ps1) keep the flag, as their reads are those of the gene.
-RIBOSOMAL = r"(?i)^rp(?:sa|lp[0-2]|[sl]\d+(?:a|x|y\d|al|l\d?)?)(?:-ps\d*)?$"
+
+@dataclass
+class Results:
+    """What a mode gives.
+
+    Parameters
+    ----------
+    genes
+        The table genes.parquet.
+    summary
+        Entries of summary.json.
+    tables
+        Further tables, by name of the file without its suffix; written as CSV.
+    pictures
+        By name of the file.
+    """
+
+    genes: pl.DataFrame
+    summary: dict[str, Any]
+    tables: dict[str, pl.DataFrame] = field(default_factory=dict)
+    pictures: dict[str, Figure] = field(default_factory=dict)
 
 
 def write_stats(shifts_uri: str, out_uri: str, settings: StatsSettings) -> pl.DataFrame:
-    """Read a scan, test its genes, and write genes.parquet, genes.csv, summary.json, volcano.png and ranking.png.
+    """Read a scan, test its genes, and write genes.parquet, genes.csv, summary.json, further tables and pictures.
+
+    Returns
+    -------
+    The table of genes.
 
     Raises
     ------
     UserError
-        If there is no finished scan, if it has no rows, or if `out` holds other results.
+        If there is no finished scan, if it has no rows, if the mode does not fit it, or if `out` holds other results.
     """
-    manifest, frame = read_shifts(shifts_uri)
-    if frame.is_empty():
-        raise UserError(f"{shifts_uri}: the scan has no rows: no perturbation applied to any cell")
-    genes, summary, pictures = _run_mode(manifest, frame, settings)
-    noise = json.loads(Store(shifts_uri).read_bytes(NOISE))
-    summary = {**_about_scan(manifest), "noise": noise, "settings": settings.model_dump(mode="json"), **summary}
+    scan = ShiftBlocks(shifts_uri)
+    results = _MODES[settings.mode](scan, settings)
+    summary = {**_about_scan(scan.manifest), "settings": settings.model_dump(mode="json"), **results.summary}
     parquet = io.BytesIO()
-    genes.write_parquet(parquet)
-    out = Store(out_uri)
+    results.genes.write_parquet(parquet)
     files = {
         "genes.parquet": parquet.getvalue(),
-        "genes.csv": genes.write_csv().encode(),
+        "genes.csv": results.genes.write_csv().encode(),
+        **{f"{name}.csv": table.write_csv().encode() for name, table in results.tables.items()},
         "summary.json": json.dumps(summary, indent=1).encode() + b"\n",
-        **{name: plots.to_png(figure) for name, figure in pictures.items()},
+        **{name: plots.to_png(figure) for name, figure in results.pictures.items()},
     }
+    out = Store(out_uri)
     # Pictures follow from the table, and may differ in bytes between versions of matplotlib.
     for name, data in files.items():
         if not out.create(name, data) and not name.endswith(".png") and out.read_bytes(name) != data:
             raise UserError(f"{out.uri}/{name}: holds other results; choose another --out")
-    scan = Store(shifts_uri)
-    record_run(out, "evaluate stats", settings, {"scan": manifest.scan_id, "manifest": scan.sha256(MANIFEST)})
-    return genes
+    inputs = {"scan": scan.manifest.scan_id, "manifest": scan.store.sha256(MANIFEST)}
+    record_run(out, "evaluate stats", settings, inputs)
+    return results.genes
 
 
-def genes_table(manifest: ScanManifest, frame: pl.DataFrame, settings: StatsSettings) -> pl.DataFrame:
-    """Test every gene (or set of genes) towards every state.
-
-    The goal state comes first; within a state the order is as published: significant genes first, then by mean,
-    descending, then by false discovery rate; genes without a test come last.
-
-    A scan without states has one block of rows with `state` = "similarity", whose `mean` is the mean cosine between
-    perturbed and original cells. Changes of class probabilities follow as `state` = "prob_<label>".
-
-    Parameters
-    ----------
-    frame
-        The shifts.
-
-    Returns
-    -------
-    `state, ensembl_id, symbol`; the columns of `gene_statistics`; `significant`; `mean_similarity`; `mean_rank`
-    (place in the cells that have the gene, 0 the top); `detection` (share of the scanned cells that were perturbed);
-    `n_no_op` (cells in which nothing changed); `is_mitochondrial` and `is_ribosomal`, by symbol.
-    """
-    frame = _flat(frame, manifest.joint)
-    measures = {state: SHIFT + state for state in _ordered(manifest.states)} or {SIMILARITY: SIMILARITY}
-    measures |= {PROBABILITY + label: PROBABILITY + label for label in manifest.labels}
-    about = _about_genes(frame, manifest.num_cells)
-    parts = []
-    for state, column in measures.items():
-        tested = gene_statistics(frame.select(*vars(KEYS).values(), column), column, settings)
-        tested = tested.join(about, on=KEYS.gene, how="left", validate="1:1")
-        significant = (pl.col("fdr") < settings.fdr).fill_null(False)
-        tested = tested.with_columns(pl.lit(state).alias("state"), significant.alias("significant"))
-        order = [pl.col("p_value").is_null(), pl.col("significant").not_(), -pl.col("mean"), "fdr", KEYS.gene]
-        parts.append(tested.sort(order, nulls_last=True))
-    genes = pl.concat(parts)
-    first = ["state", KEYS.gene, "symbol", "n_cells", "n_donors", "mean", "ci_low", "ci_high", "p_value", "fdr"]
-    return genes.select(*first, pl.exclude(first))
+def _about_scan(manifest: ScanManifest) -> dict[str, Any]:
+    return {
+        "scan_id": manifest.scan_id,
+        "model_checksum": manifest.model_checksum,
+        "perturbation": manifest.perturbation,
+        "num_cells": manifest.num_cells,
+        "state_cells": manifest.state_cells,
+        "goal": manifest.states[1] if manifest.states else None,
+        "noise": manifest.noise.model_dump(mode="json") if manifest.noise else None,
+    }
 
 
-def _flat(frame: pl.DataFrame, joint: bool) -> pl.DataFrame:
-    """One key a row: the genes of a set are joined by "+", and its rank is the mean of the genes that were there."""
-    if not joint:
-        return frame
-    there = pl.col("rank").list.eval(pl.element().filter(pl.element() >= 0)).list.mean()
-    return frame.with_columns(
-        pl.col("ensembl_id").list.join("+"), pl.col("symbol").list.join("+"), there.fill_null(-1).alias("rank")
-    )
-
-
-def _about_genes(frame: pl.DataFrame, num_cells: int) -> pl.DataFrame:
-    symbol = pl.col("symbol").first()
-    return frame.group_by(KEYS.gene).agg(
-        symbol,
-        pl.col("similarity").mean().alias("mean_similarity"),
-        pl.col("rank").filter(pl.col("rank") >= 0).mean().alias("mean_rank"),
-        (pl.col(KEYS.cell).n_unique() / num_cells).alias("detection"),
-        pl.col("no_op").sum().alias("n_no_op"),
-        symbol.str.contains(MITOCHONDRIAL).alias("is_mitochondrial"),
-        symbol.str.contains(RIBOSOMAL).alias("is_ribosomal"),
-    )
-
-
-def _run_mode(
-    manifest: ScanManifest, frame: pl.DataFrame, settings: StatsSettings
-) -> tuple[pl.DataFrame, dict[str, Any], dict[str, Figure]]:
-    """Table, entries of the summary, and pictures of the chosen mode."""
-    if settings.mode == "mixture_model":
-        flat = _flat(frame, manifest.joint)
-        about = _about_genes(flat, manifest.num_cells).drop("mean_similarity")
-        genes = mixture(flat, settings).join(about, on=KEYS.gene, how="left", validate="1:1", maintain_order="left")
-        counts = dict(genes["impact"].drop_nulls().value_counts().sort("impact").iter_rows())
-        return genes, {"genes": len(genes), "impact": counts}, {}
-    if settings.mode == "vs_null":
-        genes = _versus_null_table(manifest, frame, settings)
-        goal = genes.filter(pl.col("state") == genes["state"][0])
-        pictures = {"volcano.png": _volcano(goal, "difference", "difference from the null scan", settings)}
-        tested = genes.filter(pl.col("p_value").is_not_null())
-        significant = tested.filter(pl.col("fdr") < settings.fdr)
-        return genes, {"genes": len(genes), "tested": len(tested), "significant": len(significant)}, pictures
-    genes = genes_table(manifest, frame, settings)
-    summary = {"states": _summarise_states(genes, settings)}
+def _goal_state_shift(scan: ShiftBlocks, settings: StatsSettings) -> Results:
+    genes = genes_table(scan, settings)
+    results = Results(genes, {"states": _summarise_states(genes, settings)})
+    results.pictures = goal_pictures(scan, genes, settings)
     if settings.compare is not None:
-        other_manifest, other = read_shifts(settings.compare)
-        others = genes_table(other_manifest, other, settings)
-        summary["comparison"] = {"scan_id": other_manifest.scan_id, "model_checksum": other_manifest.model_checksum} | {
-            state: compare_scans(genes.filter(pl.col("state") == state), others.filter(pl.col("state") == state))
-            for state in genes["state"].unique(maintain_order=True)
-            if state in others["state"]
-        }
-    return genes, summary, _pictures(manifest, genes, settings)
+        _compare(results, ShiftBlocks(settings.compare), settings)
+    if settings.gene_sets is not None:
+        goal = genes.filter(pl.col("state") == genes["state"][0])
+        results.tables["enrichment"] = enrich(goal, read_gene_sets(settings.gene_sets), settings.seed)
+    if settings.compat == "geneformer" and scan.manifest.states:
+        asked = measures(scan.manifest)
+        alternate = asked[2].column if len(scan.manifest.states) > 2 else None
+        columns = [asked[0].column, *([alternate] if alternate else [])]
+        results.tables["geneformer"] = stats_compat.goal_state_shift(
+            lambda: scan.blocks(columns), about_genes(scan), columns[0], alternate, settings
+        )
+    return results
 
 
-def _versus_null_table(manifest: ScanManifest, frame: pl.DataFrame, settings: StatsSettings) -> pl.DataFrame:
-    null_manifest, null = read_shifts(str(settings.null_shifts))
-    if null_manifest.model_checksum != manifest.model_checksum:
-        raise UserError(f"{settings.null_shifts}: scan of another model: shifts of different models are not comparable")
-    frame, null = _flat(frame, manifest.joint), _flat(null, null_manifest.joint)
-    common = [state for state in _ordered(manifest.states) if state in null_manifest.states]
-    measures = {state: SHIFT + state for state in common} or {SIMILARITY: SIMILARITY}
-    symbols = frame.group_by(KEYS.gene).agg(pl.col("symbol").first())
-    parts = []
-    for state, name in measures.items():
-        tested = versus_null(frame, null, name, settings).join(symbols, on=KEYS.gene, how="left", validate="1:1")
-        tested = tested.select(pl.lit(state).alias("state"), KEYS.gene, "symbol", pl.exclude(KEYS.gene, "symbol"))
+def _compare(results: Results, other: ShiftBlocks, settings: StatsSettings) -> None:
+    """Add the agreement with another scan; nothing of the two is averaged, as models may differ."""
+    others = genes_table(other, settings)
+    compared: dict[str, Any] = {
+        "scan_id": other.manifest.scan_id,
+        "model_checksum": other.manifest.model_checksum,
+        "perturbation": other.manifest.perturbation,
+    }
+    tables = []
+    for state in results.genes["state"].unique(maintain_order=True):
+        if state in others["state"]:
+            sides = (table.filter(pl.col("state") == state) for table in (results.genes, others))
+            compared[state], table = compare_scans(*sides)
+            tables.append(table.select(pl.lit(state).alias("state"), pl.all()))
+    if not tables:
+        raise UserError(f"{other.store.uri}: scan of other states; there is nothing to compare")
+    results.summary["comparison"] = compared
+    results.tables["comparison"] = pl.concat(tables)
+    results.pictures |= comparison_pictures(tables[0], compared)
+
+
+def _versus_null(scan: ShiftBlocks, settings: StatsSettings) -> Results:
+    null = ShiftBlocks(str(settings.null_shifts))
+    if null.manifest.model_checksum != scan.manifest.model_checksum:
+        raise UserError(f"{null.store.uri}: scan of another model: shifts of different models are not comparable")
+    about = about_genes(scan)
+    floors = {measure.name: measure.noise for measure in measures(null.manifest)}
+    asked = [measure for measure in measures(scan.manifest) if measure.name in floors]
+    if not asked:
+        raise UserError(f"{null.store.uri}: scan of other states; there is nothing to compare")
+    parts: list[pl.DataFrame] = []
+    published: dict[str, pl.DataFrame] = {}
+    for measure in asked:
+        paired = pair_scans(scan.blocks([measure.column]), null.blocks([measure.column]), measure.column)
+        tested = versus_null(paired, settings)
+        tested = tested.join(about.select(KEYS.gene, "symbol"), on=KEYS.gene, how="left", validate="1:1")
+        below_noise = pl.col("difference").abs() <= max(measure.noise, floors[measure.name])
+        tested = tested.select(
+            pl.lit(measure.name).alias("state"), KEYS.gene, "symbol", pl.exclude(KEYS.gene, "symbol"),
+            below_noise.alias("below_noise"),
+            ((pl.col("fdr") < settings.fdr).fill_null(False) & ~below_noise).alias("significant"),
+        )  # fmt: skip
         parts.append(tested.sort(pl.col("p_value").is_null(), -pl.col("difference"), KEYS.gene))
-    return pl.concat(parts)
+        if settings.compat == "geneformer" and not published:
+            published["geneformer"] = stats_compat.versus_null(about, paired, settings)
+    genes = pl.concat(parts)
+    goal = parts[0]
+    summary = {
+        "genes": len(genes),
+        "tested": len(genes) - genes["p_value"].null_count(),
+        "significant": int(genes["significant"].sum()),
+    }
+    pictures = {"volcano.png": volcano_of(goal, "difference", "difference from the null scan", settings)}
+    return Results(genes, summary, published, pictures)
 
 
-def _ordered(states: list[str]) -> list[str]:
-    """The goal state first, then start and alternates."""
-    return [*states[1:2], *states[:1], *states[2:]]
+def _mixture(scan: ShiftBlocks, settings: StatsSettings) -> Results:
+    about = about_genes(scan)
+    genes = about.drop("sd_similarity").rename({"n_rows": "n_cells"})
+    genes, _ = mixture(genes, scan.blocks([SIMILARITY]), settings)
+    first = [KEYS.gene, "symbol", "n_cells", "mean_similarity", "impact_probability", "impact", "impact_share", "test"]
+    counts = dict(genes["impact"].drop_nulls().value_counts().sort("impact").iter_rows())
+    results = Results(genes.select(*first, pl.exclude(first)), {"genes": len(genes), "impact": counts})
+    if settings.compat == "geneformer":
+        results.tables["geneformer"] = stats_compat.mixture_model(about, scan.blocks([SIMILARITY]))
+    return results
+
+
+def _aggregate_data(scan: ShiftBlocks, settings: StatsSettings) -> Results:
+    change = scan.manifest.settings.get("perturbation")
+    if isinstance(change, dict) and change.get("genes") == "all":
+        raise UserError(
+            f'{scan.store.uri}: mode "aggregate_data" is for the shifts of a given set of genes, cell by cell; this '
+            'scan perturbed every gene: use "goal_state_shift"'
+        )
+    asked = list({measure.column: measure for measure in [*measures(scan.manifest), Measure("", SIMILARITY)]})
+    sets, cells = aggregate_cells(scan.blocks(["symbol", *asked]), asked)
+    if cells.is_empty():
+        raise UserError(f"{scan.store.uri}: the scan has no rows: no perturbation applied to any cell")
+    results = Results(sets, {"sets": sets[KEYS.gene].n_unique(), "cells": cells[KEYS.cell].n_unique()})
+    results.tables["cells"] = cells.drop(KEYS.rank)
+    if settings.compat == "geneformer":
+        results.tables["geneformer"] = stats_compat.aggregate_data(cells, asked[0])
+    return results
+
+
+def _aggregate_gene_shifts(scan: ShiftBlocks, settings: StatsSettings) -> Results:
+    effects = aggregate_effects(gene_shift_blocks(scan))
+    about = about_genes(scan)
+    symbols = dict(about.select(KEYS.gene, "symbol").iter_rows())
+    for species in ("mouse", "human"):
+        found = load_genes(species).filter(pl.col("ensembl_id").is_in(effects[AFFECTED].unique().implode()))
+        symbols = dict(found.select("ensembl_id", "symbol").iter_rows()) | symbols
+    genes = effects.join(about.select(KEYS.gene, "symbol"), on=KEYS.gene, how="left", validate="m:1").select(
+        KEYS.gene, "symbol", AFFECTED, pl.col(AFFECTED).replace_strict(symbols, default=None).alias("affected_symbol"),
+        pl.exclude(KEYS.gene, "symbol", AFFECTED),
+    )  # fmt: skip
+    results = Results(genes, {"perturbations": genes[KEYS.gene].n_unique(), "pairs": len(genes)})
+    if settings.compat == "geneformer":
+        results.tables["geneformer"] = stats_compat.aggregate_gene_shifts(effects, about, symbols)
+    return results
+
+
+_MODES: dict[str, Callable[[ShiftBlocks, StatsSettings], Results]] = {
+    "goal_state_shift": _goal_state_shift,
+    "vs_null": _versus_null,
+    "mixture_model": _mixture,
+    "aggregate_data": _aggregate_data,
+    "aggregate_gene_shifts": _aggregate_gene_shifts,
+}
 
 
 def _summarise_states(genes: pl.DataFrame, settings: StatsSettings) -> dict[str, Any]:
@@ -176,50 +234,9 @@ def _summarise_states(genes: pl.DataFrame, settings: StatsSettings) -> dict[str,
             "tested": len(block) - block["p_value"].null_count(),
             "tests": dict(block["test"].value_counts().sort("test").iter_rows()),
             "significant": len(called),
+            "below_noise": int(block["below_noise"].sum()),
             "median_absolute_mean": block["mean"].abs().median(),
             "significant_positive": int((called["excess"].fill_null(called["mean"]) > 0).sum()),
             "top": block.head(settings.top).select("symbol", "mean", "excess", "p_value", "fdr", "p_genes").to_dicts(),
         }
     return blocks
-
-
-def _about_scan(manifest: ScanManifest) -> dict[str, Any]:
-    return {
-        "scan_id": manifest.scan_id,
-        "model_checksum": manifest.model_checksum,
-        "perturbation": manifest.perturbation,
-        "num_cells": manifest.num_cells,
-        "state_cells": manifest.state_cells,
-        "goal": manifest.states[1] if manifest.states else None,
-    }
-
-
-def _volcano(block: pl.DataFrame, effect: str, label: str, settings: StatsSettings) -> Figure:
-    return plots.volcano(
-        block[effect].fill_null(np.nan).to_numpy(),
-        block["fdr"].fill_null(np.nan).to_numpy(),
-        block["symbol"].to_list(),
-        effect_label=label,
-        threshold=settings.fdr,
-        num_labels=min(settings.top, 12),
-    )
-
-
-def _pictures(manifest: ScanManifest, genes: pl.DataFrame, settings: StatsSettings) -> dict[str, Figure]:
-    """Volcano and ranking of the goal state (of the similarity, without states)."""
-    block = genes.filter(pl.col("state") == genes["state"][0])
-    goal = manifest.states[1] if manifest.states else None
-    what = f"shift towards {goal}" if goal else "similarity to the unperturbed cell"
-    has_null = block["excess"].null_count() < len(block)
-    label = f"{what}, minus that of matched genes" if has_null else what
-    block = block.with_columns(pl.col("excess").fill_null(pl.col("mean")).alias("effect"))
-    tested = block.filter(pl.col("p_value").is_not_null())
-    ranking = plots.gene_bars(
-        tested["mean"].to_numpy(),
-        tested["ci_low"].fill_null(np.nan).to_numpy(),
-        tested["ci_high"].fill_null(np.nan).to_numpy(),
-        tested["symbol"].to_list(),
-        effect_label=f"mean {what}",
-        num_each=settings.top // 2,
-    )
-    return {"volcano.png": _volcano(block, "effect", label, settings), "ranking.png": ranking}

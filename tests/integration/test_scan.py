@@ -16,11 +16,13 @@ from transformers import BertForMaskedLM
 from corpus.errors import UserError
 from corpus.reader import Corpus
 from evaluate import stats
-from evaluate.perturb_settings import ScanSettings, StatsSettings
+from evaluate.perturb_settings import ScanSettings
 from evaluate.scan import run_scan
 from evaluate.scan_setup import Scan
 from evaluate.shifts import read_shifts
-from evaluate.stats_report import MITOCHONDRIAL, RIBOSOMAL, write_stats
+from evaluate.stats_report import write_stats
+from evaluate.stats_settings import StatsSettings
+from evaluate.stats_tables import MITOCHONDRIAL, RIBOSOMAL
 from tests.factories import write_corpus
 from train.model import Classifier, MaskedLM
 from train.model_folder import ModelCard, save_model
@@ -282,7 +284,7 @@ def test_statistics_of_a_scan(finished, tmp_path):
     (finished / "shifts" / "stale.parquet").write_bytes(b"not of this run")  # must not be looked at
     genes = write_stats(str(finished), str(tmp_path), StatsSettings(min_cells=5))
     assert {path.name for path in tmp_path.iterdir()} == {
-        "genes.parquet", "genes.csv", "summary.json", "volcano.png", "ranking.png", "runs",
+        "genes.parquet", "genes.csv", "summary.json", "volcano.png", "ranking.png", "distributions.png", "runs",
     }  # fmt: skip
     assert pl.read_parquet(tmp_path / "genes.parquet").equals(genes)
     assert (

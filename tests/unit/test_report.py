@@ -1,5 +1,6 @@
 """The report page: every part, escaped, self-contained, and honest about what is missing."""
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -255,6 +256,31 @@ def test_named_genes_are_ranked_whatever_the_answer(inputs: dict[str, str], tmp_
         ["Nkx6-1", None, None, None, None],
     ]
     assert [tile[1] for tile in section.tiles] == ["3", "2", "1", "–"]
+
+
+def test_maps_are_shown_as_they_were_drawn(inputs: dict[str, str], tmp_path: Path) -> None:
+    drawing = plots.to_png(plots.accuracy_bars([("a", 0.5, None)], "accuracy"))
+    (tmp_path / "map").mkdir()
+    (tmp_path / "map/map.png").write_bytes(drawing)
+    _, page = report(tmp_path, stats=inputs["stats"], maps=[str(tmp_path / "map")])
+    (shown,) = [address for address in page.fetched if address.startswith("data:image/png;base64,")]
+    assert base64.b64decode(shown.removeprefix("data:image/png;base64,")) == drawing
+    with pytest.raises(UserError, match=r"nowhere/map\.png: no such file"):
+        report(tmp_path, stats=inputs["stats"], maps=[str(tmp_path / "nowhere")])
+
+
+def test_effects_below_the_noise_are_not_called(inputs: dict[str, str], tmp_path: Path) -> None:
+    path = Path(inputs["stats"]) / "genes.parquet"
+    genes = pl.read_parquet(path)
+    below = pl.Series("below_noise", [False, False, True, True])
+    genes.with_columns(below, ((genes["fdr"] < 0.05) & ~below).fill_null(False).alias("significant")).write_parquet(
+        path
+    )
+    settings = ReportCommand(out=str(tmp_path / "r.html"), stats=inputs["stats"])
+    (section,) = [section for section in build_sections(settings) if section.key == "perturbation"]
+    facts = dict(section.blocks[1].rows)  # type: ignore[union-attr]
+    assert facts["significant (FDR below 0.05, above rounding)"] == 1
+    assert facts["tested genes whose effect is no larger than rounding"] == 1
 
 
 def test_labels_are_escaped_everywhere(inputs: dict[str, str], tmp_path: Path) -> None:
