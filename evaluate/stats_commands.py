@@ -15,6 +15,7 @@ class StatsCommand(Command):
 
     def run(self) -> None:
         """Test genes and write the tables."""
-        from evaluate.stats_report import write_stats
+        from evaluate.stats_report import describe, write_stats
 
-        print(write_stats(self.shifts, self.out, self.stats))
+        genes = write_stats(self.shifts, self.out, self.stats)
+        print(f"{describe(genes, self.stats)}\n{self.out}")

@@ -20,7 +20,7 @@ from evaluate.shifts import MANIFEST, ScanManifest
 from evaluate.stats import KEYS
 from evaluate.stats_aggregate import AFFECTED, aggregate_cells, aggregate_effects
 from evaluate.stats_modes import compare_scans, mixture, pair_scans, versus_null
-from evaluate.stats_pictures import comparison_pictures, goal_pictures, volcano_of
+from evaluate.stats_pictures import comparison_pictures, goal_pictures, named_rows, volcano_of
 from evaluate.stats_settings import StatsSettings
 from evaluate.stats_tables import SIMILARITY, Measure, about_genes, genes_table, measures
 
@@ -237,6 +237,46 @@ def _summarise_states(genes: pl.DataFrame, settings: StatsSettings) -> dict[str,
             "below_noise": int(block["below_noise"].sum()),
             "median_absolute_mean": block["mean"].abs().median(),
             "significant_positive": int((called["excess"].fill_null(called["mean"]) > 0).sum()),
+            "named": named_ranks(block, settings.named_genes),
             "top": block.head(settings.top).select("symbol", "mean", "excess", "p_value", "fdr", "p_genes").to_dicts(),
         }
     return blocks
+
+
+def named_ranks(block: pl.DataFrame, names: list[str]) -> list[dict[str, Any]]:
+    """Where named genes rank by mean shift towards one state, 1 the highest, among tested and among all genes."""
+    tested = block.filter(pl.col("p_value").is_not_null())
+    rows = []
+    for row in named_rows(block, names).iter_rows(named=True):
+        ranks = {
+            "rank_tested": int((tested["mean"] > row["mean"]).sum()) + 1 if row["p_value"] is not None else None,
+            "tested": len(tested),
+            "rank_all": int((block["mean"] > row["mean"]).sum()) + 1,
+            "genes": len(block),
+        }
+        kept = ["mean", "ci_low", "ci_high", "null_mean", "excess", "p_value", "fdr", "p_genes", "n_cells", "n_donors",
+                "below_noise", "test"]  # fmt: skip
+        rows.append({"symbol": row["symbol"], **ranks, **{name: row[name] for name in kept}})
+    return rows
+
+
+def describe(genes: pl.DataFrame, settings: StatsSettings) -> str:
+    """What came out, for the terminal."""
+    if "significant" not in genes.columns:
+        return f"stats: {len(genes):,} rows of the mode {settings.mode}"
+    lines = []
+    for (state,), block in genes.group_by("state", maintain_order=True):
+        tested = len(block) - block["p_value"].null_count()
+        lines.append(
+            f"stats: {state}: {len(block):,} genes, {tested:,} tested, {int(block['significant'].sum()):,} significant, "
+            f"{int(block['below_noise'].sum()):,} no larger than rounding"
+        )
+        if settings.mode == "goal_state_shift":
+            for row in named_ranks(block, settings.named_genes):
+                rank, out_of = row["rank_tested"], row["tested"]
+                place = f"{rank:,} of {out_of:,} tested" if rank else f"untested, {row['rank_all']:,} of {len(block):,}"
+                p_value = "" if row["p_value"] is None else f", p {row['p_value']:.2g}, FDR {row['fdr']:.2g}"
+                lines.append(
+                    f"  {row['symbol']}: rank {place}; mean {row['mean']:.3g} in {row['n_cells']} cells{p_value}"
+                )
+    return "\n".join(lines)

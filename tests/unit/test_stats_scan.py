@@ -11,12 +11,14 @@ import scipy.stats
 from sklearn.mixture import GaussianMixture
 
 from corpus.errors import UserError
+from corpus.settings import main
 from corpus.store import Store
 from evaluate.gene_effects import gene_path, gene_schema
 from evaluate.noise import NoiseFloor
 from evaluate.shift_blocks import ShiftBlocks
 from evaluate.shifts import ScanManifest, UnitRecord, shifts_schema, unit_path
 from evaluate.stats import KEYS, gene_statistics
+from evaluate.stats_commands import StatsCommand
 from evaluate.stats_compat import draw_pool
 from evaluate.stats_report import write_stats
 from evaluate.stats_settings import StatsSettings
@@ -165,6 +167,27 @@ def test_similarity_of_a_short_list_is_not_tested_against_one(tmp_path):
     assert set(genes["test"]) == {NO_NULL}
     assert genes["p_value"].null_count() == 2
     assert not genes["significant"].any()
+
+
+def test_named_genes_are_ranked_wherever_they_come(tmp_path, capsys):
+    frame = make_rows(donors=1)
+    rare = frame.filter((pl.col("ensembl_id") != "g1060") | (pl.col("cell_id").is_in(["c1", "c2", "c3"])))
+    uri = write_scan(tmp_path / "scan", rare)
+    arguments = ["--shifts", uri, "--out", str(tmp_path / "out"), "--stats.named-genes", '["gene1033","g1060","Nope"]']
+    assert main("evaluate", {"stats": StatsCommand}, ["stats", *arguments]) == 0
+    goal = pl.read_parquet(tmp_path / "out" / "genes.parquet").filter(pl.col("state") == "beta")
+    tested = goal.filter(pl.col("p_value").is_not_null()).sort("mean", descending=True)
+    named = json.loads((tmp_path / "out" / "summary.json").read_bytes())["states"]["beta"]["named"]
+    by_symbol = {row["symbol"]: row for row in named}
+    assert set(by_symbol) == {"Gene1033", "Gene1060"}
+    rank = tested["symbol"].to_list().index("Gene1033") + 1
+    assert (by_symbol["Gene1033"]["rank_tested"], by_symbol["Gene1033"]["tested"]) == (rank, len(tested))
+    assert by_symbol["Gene1060"]["rank_tested"] is None
+    order = goal.sort("mean", descending=True)["symbol"].to_list()
+    assert by_symbol["Gene1060"]["rank_all"] == order.index("Gene1060") + 1
+    printed = capsys.readouterr().out
+    assert f"Gene1033: rank {rank} of {len(tested)} tested" in printed
+    assert f"Gene1060: rank untested, {order.index('Gene1060') + 1} of 120" in printed
 
 
 def test_goal_state_shift_as_published(tmp_path):
