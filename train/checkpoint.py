@@ -60,6 +60,8 @@ class CheckpointManifest(Record):
         Run that it belongs to.
     state
         Whatever else the loop has to remember.
+    seal
+        SHA-256 of all the rest.
     """
 
     format_version: int = 1
@@ -71,6 +73,19 @@ class CheckpointManifest(Record):
     settings_hash: str
     state: dict[str, JsonValue]
     files: list[FileRecord]
+    seal: str = ""
+
+    def sealed(self) -> "CheckpointManifest":
+        """The same with its seal."""
+        return self.model_copy(update={"seal": self._digest()})
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing has changed since it was sealed."""
+        return self.seal == self._digest()
+
+    def _digest(self) -> str:
+        return hashlib.sha256(self.model_copy(update={"seal": ""}).to_json()).hexdigest()
 
     @property
     def folder(self) -> str:
@@ -174,10 +189,13 @@ def _read_manifest(store: Store, step: int, settings_hash: str) -> CheckpointMan
         return ""  # some object stores remember the folders of removed files
     if not store.exists(f"{folder}/{MANIFEST}"):
         return f"{name}: skipped, it was not finished (no {MANIFEST})"
+    data = store.read_bytes(f"{folder}/{MANIFEST}")
     try:
-        manifest = CheckpointManifest.model_validate_json(store.read_bytes(f"{folder}/{MANIFEST}"))
+        manifest = CheckpointManifest.model_validate_json(data)
     except ValidationError as error:
         return f"{name}/{MANIFEST}: skipped, damaged: {error.errors()[0]['msg']}"
+    if not manifest.is_sound or manifest.to_json() != data:
+        return f"{name}/{MANIFEST}: skipped, damaged: its seal does not fit"
     if manifest.step != step:
         return f"{name}/{MANIFEST}: skipped, it is the manifest of step {manifest.step}"
     if manifest.settings_hash != settings_hash:

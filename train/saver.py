@@ -163,7 +163,7 @@ class Saver:
             if first:
                 files = sorted(records, key=lambda record: record.name)
                 manifest = CheckpointManifest(**draft.entries, files=files)
-                self._store.create(f"{folder_of(draft.step)}/{MANIFEST}", manifest.to_json())
+                self._store.create(f"{folder_of(draft.step)}/{MANIFEST}", manifest.sealed().to_json())
                 prune(self._store, draft.step, self._keep.checkpoints)
 
         self._together(begin)
