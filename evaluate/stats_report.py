@@ -266,17 +266,17 @@ def describe(genes: pl.DataFrame, settings: StatsSettings) -> str:
         return f"stats: {len(genes):,} rows of the mode {settings.mode}"
     lines = []
     for (state,), block in genes.group_by("state", maintain_order=True):
-        tested = len(block) - block["p_value"].null_count()
+        tested, called = len(block) - block["p_value"].null_count(), int(block["significant"].sum())
         lines.append(
-            f"stats: {state}: {len(block):,} genes, {tested:,} tested, {int(block['significant'].sum()):,} significant, "
+            f"stats: {state}: {len(block):,} genes, {tested:,} tested, {called:,} significant, "
             f"{int(block['below_noise'].sum()):,} no larger than rounding"
         )
-        if settings.mode == "goal_state_shift":
-            for row in named_ranks(block, settings.named_genes):
-                rank, out_of = row["rank_tested"], row["tested"]
-                place = f"{rank:,} of {out_of:,} tested" if rank else f"untested, {row['rank_all']:,} of {len(block):,}"
-                p_value = "" if row["p_value"] is None else f", p {row['p_value']:.2g}, FDR {row['fdr']:.2g}"
-                lines.append(
-                    f"  {row['symbol']}: rank {place}; mean {row['mean']:.3g} in {row['n_cells']} cells{p_value}"
-                )
+        if settings.mode != "goal_state_shift":
+            continue
+        for row in named_ranks(block, settings.named_genes):
+            rank = row["rank_tested"]
+            place = f"{rank:,} of {tested:,} tested" if rank else f"untested, {row['rank_all']:,} of {len(block):,}"
+            p_value = "" if row["p_value"] is None else f", p {row['p_value']:.2g}, FDR {row['fdr']:.2g}"
+            mean = f"mean {row['mean']:.3g} in {row['n_cells']:,} cells"
+            lines.append(f"  {row['symbol']}: rank {place}; {mean}{p_value}")
     return "\n".join(lines)
