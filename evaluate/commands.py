@@ -84,6 +84,8 @@ class ReportCommand(Command):
     """Output folder of `evaluate stats`."""
     maps: list[Uri] = []
     """Output folders of `evaluate map`."""
+    screen: Uri | None = None
+    """Output folder of `evaluate screen`."""
     named_genes: list[str] = []
     """Genes (symbols or Ensembl ids) whose rank among all genes is reported, wherever they come."""
     top_genes: int = Field(20, ge=1, le=500)

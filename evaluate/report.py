@@ -14,9 +14,10 @@ from evaluate.report_inputs import read_json, run_records
 from evaluate.section_corpus import corpus_section
 from evaluate.section_embedding import embedding_section
 from evaluate.section_perturbation import perturbation_section
+from evaluate.section_screen import screen_section
 from evaluate.section_training import classification_section, pretrain_section, tune_section
 
-_INPUTS = ("corpus", "pretrain", "classifier", "tune", "embedding", "classify", "perturb", "stats")
+_INPUTS = ("corpus", "pretrain", "classifier", "tune", "embedding", "classify", "perturb", "stats", "screen")
 
 
 def write_report(settings: ReportCommand) -> str:
@@ -61,6 +62,8 @@ def build_sections(settings: ReportCommand) -> list[Section]:
         else not_run("embedding", "Embedding", "`evaluate embed`"),
         perturbation_section(settings.perturb, settings.stats, settings.named_genes, settings.top_genes, settings.maps),
     ]
+    if settings.screen:
+        sections.append(screen_section(settings.screen, settings.top_genes))
     return [*sections, _caveats(sections), _appendix(settings)]
 
 

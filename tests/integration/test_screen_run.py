@@ -9,10 +9,14 @@ from scipy.stats import spearmanr
 
 from corpus.errors import UserError
 from corpus.settings import main
+from evaluate.commands import ReportCommand
+from evaluate.page import Note
 from evaluate.perturb_commands import ScreenCommand
+from evaluate.report import write_report
 from evaluate.scan import run_scan
 from evaluate.screen import run_screen
 from evaluate.screen_settings import ScreenSettings
+from evaluate.section_screen import screen_section
 from evaluate.shifts import read_shifts
 from tests.factories_scan import STATES, make_scan, write_scan_inputs
 
@@ -89,6 +93,22 @@ def test_interrupted_screen_goes_on(inputs, finished, tmp_path):
 def test_too_few_genes_are_refused(inputs, tmp_path):
     with pytest.raises(UserError, match="scan them exactly"):
         run_screen(settings(verify={"top": 50, "controls": 50}), *inputs, str(tmp_path))
+
+
+def test_the_report_shows_how_far_to_trust_it(finished, tmp_path):
+    manifest, out = finished
+    write_report(ReportCommand(out=str(tmp_path / "report.html"), screen=str(out)))
+    page = (tmp_path / "report.html").read_text()
+    assert "Screen of deletions" in page
+    assert f"{manifest.agreement['delta'].spearman:.3f}" in page
+    assert pl.read_parquet(out / "screen.parquet")["symbol"][0] in page
+    weak = json.loads((out / "screen.json").read_bytes())
+    weak["agreement"]["beta"]["spearman_controls"] = 0.3
+    (tmp_path / "weak").mkdir()
+    (tmp_path / "weak" / "screen.json").write_text(json.dumps(weak))
+    (tmp_path / "weak" / "screen.parquet").write_bytes((out / "screen.parquet").read_bytes())
+    notes = [block.text for block in screen_section(str(tmp_path / "weak"), 5).blocks if isinstance(block, Note)]
+    assert notes == ["The rank correlation towards beta is only 0.30: use an exact scan of all genes instead."]
 
 
 def test_the_verb(inputs, tmp_path, capsys):
