@@ -118,7 +118,7 @@ class Saver:
         if not isinstance(error, _SaveError):
             raise error
         if self._failed >= self._keep.failed_checkpoints:
-            raise RunError(f"{self._failed} checkpoints in a row could not be written; the last one: {error}")
+            raise RunError(f"{self._failed} checkpoint(s) in a row could not be written; the last one: {error}")
 
     def close(self) -> None:
         """Let the last checkpoint be finished, whatever becomes of it."""

@@ -127,7 +127,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_training_goes_on(corpus
 
 
 def test_a_run_ends_when_checkpoints_fail_again_and_again(corpus, one, tmp_path):
-    with small_files_only(), pytest.raises(RunError, match="2 checkpoints in a row could not be written"):
+    with small_files_only(), pytest.raises(RunError, match=r"2 checkpoint\(s\) in a row could not be written"):
         train(one, corpus, tmp_path / "model", lambda line: None, failed_checkpoints=2)
 
 

@@ -66,6 +66,26 @@ def halves(world: World, corpus: Path, folder: Path, stages: tuple[int, ...]) ->
             (folder / f"began-with-1-{stage}" / "lines").write_text("\n".join(lines))
 
 
+def quarters(world: World, corpus: Path, folder: Path, stop_at: int | None) -> None:
+    for stage in (2, 3):
+        train(world, corpus, folder / f"{stage}", stage, accumulation=1, stop_at=stop_at)
+
+
+@pytest.mark.slow
+def test_four_workers_to_three_to_two(tmp_path):
+    # Three workers share steps of four micro-batches: one of them has two.
+    corpus = write_corpus(tmp_path / "corpus", num_cells=120, donors=())
+    one = single_process(torch.device("cpu"))
+    train(one, corpus, tmp_path / "undisturbed", 0, accumulation=4, stop_at=None)
+    expected = curve(tmp_path / "undisturbed")
+    for size, stop_at in ((4, 1), (3, 2), (2, None)):
+        run_world(size, quarters, corpus, tmp_path, stop_at)
+    for stage in (2, 3):
+        found = curve(tmp_path / f"{stage}")
+        assert found.keys() == expected.keys()
+        assert list(found.values()) == pytest.approx(list(expected.values()), rel=2e-5)
+
+
 def curve(out: Path) -> dict[int, float]:
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record["loss"] for record in records if "loss" in record}
