@@ -65,7 +65,7 @@ def masked(cells: Cells, vocab: int) -> tuple[Packed, Tensor, Tensor]:
     genes = np.arange(len(SPECIAL_TOKENS), vocab, dtype=np.uint16)
     found = mask_tokens(cells, genes, seed=0, epoch=0)
     packed = pack(found.cells, int(cells.lengths.max()))
-    return packed, packed.gene_row_numbers[torch.from_numpy(found.entries)], torch.from_numpy(found.labels)
+    return packed, packed.rows_of(found.entries), torch.from_numpy(found.labels)
 
 
 def padded(packed: Packed, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

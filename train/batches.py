@@ -6,9 +6,10 @@ fit), and a step is a fixed number of micro-batches, dealt out to the ranks. Eve
 epoch, the size of a step and the lengths, so a position in the data is one number: the step.
 """
 
-import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Generic, TypeVar
@@ -63,6 +64,13 @@ class EpochPlan:
         if place >= self.per_step or number >= len(self.bounds) - 1:
             return len(self.order), len(self.order)
         return int(self.bounds[number]), int(self.bounds[number + 1])
+
+    def windows(self, first: int, last: int) -> range:
+        """Windows that hold `order[first:last]`: one, or more where a span crosses a border; none if it is empty."""
+        if first == last:
+            return range(0)
+        low, high = np.searchsorted(self.window_offsets, [first, last - 1], side="right") - 1
+        return range(int(low), int(high) + 1)
 
     def cells(self, step: int, rank: int, micro: int) -> np.ndarray:
         """Cell numbers of a micro-batch, int64, maybe empty."""
@@ -176,14 +184,14 @@ def _fill_last_step(bounds: np.ndarray, lengths: np.ndarray, slots: int) -> np.n
 
 
 class BatchReader(Generic[Batch]):
-    """Reads the micro-batches of one rank, a few steps ahead of their use, in a thread.
+    """Reads the micro-batches of one rank, a few steps ahead of their use, in threads.
 
     Parameters
     ----------
     plan
         The epoch.
     prepare
-        Turns the cells of a micro-batch into what the model takes; called in the thread, must be a pure function.
+        Turns the cells of a micro-batch into what the model takes; called in the threads, must be a pure function.
     rank
         Whose micro-batches.
     first_step
@@ -191,12 +199,14 @@ class BatchReader(Generic[Batch]):
     max_length
         Longer cells are cut when they are read.
     ahead
-        Steps that may wait in memory.
+        Steps that may wait in memory; at least as many as threads are in the making.
+    threads
+        Steps prepared, and row groups read, at a time.
 
     Notes
     -----
-    The thread only decides when a batch is made, never what is in it. An exception in it is raised where the batch
-    would have been returned.
+    Threads only decide when a batch is made, never what is in it. An exception in one is raised where the batch would
+    have been returned.
     """
 
     def __init__(
@@ -209,6 +219,7 @@ class BatchReader(Generic[Batch]):
         first_step: int = 0,
         max_length: int,
         ahead: int = 4,
+        threads: int = 2,
     ) -> None:
         self._corpus = corpus
         self._plan = plan
@@ -216,71 +227,88 @@ class BatchReader(Generic[Batch]):
         self._rank = rank
         self._steps = range(first_step, plan.num_steps)
         self._max_length = max_length
-        self._queue: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(ahead)
-        self._stopped = threading.Event()
+        self._ahead = max(ahead, threads)
+        self._threads = threads
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Yield, for each step, the micro-batches of this rank."""
-        thread = threading.Thread(target=self._fill, name="batch-reader", daemon=True)
-        thread.start()
+        # Two pools: steps wait for row groups, and must not keep the threads that read them.
+        reading = ThreadPoolExecutor(self._threads, thread_name_prefix="row-groups")
+        making = ThreadPoolExecutor(self._threads, thread_name_prefix="batches")
+        windows = _Windows(self._corpus, self._plan, reading)
+        waiting: deque[Future[list[Batch]]] = deque()
         try:
-            while (item := self._queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            self._stopped.set()
-            thread.join()
-
-    def _fill(self) -> None:
-        try:
-            windows = _Windows(self._corpus, self._plan, self._max_length)
             for step in self._steps:
-                spans = [self._plan.span(step, self._rank, micro) for micro in range(self._plan.accumulation)]
-                if not self._put([self._prepare(windows.read(first, last)) for first, last in spans]):
-                    return
-            self._put(None)
-        except BaseException as error:  # noqa: BLE001 - handed over to the training thread, which raises it
-            self._put(error)
+                waiting.append(making.submit(self._make, windows.of_step(step, self._rank), step))
+                if len(waiting) > self._ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for pool in (making, reading):
+                pool.shutdown(cancel_futures=True)
 
-    def _put(self, item: list[Batch] | BaseException | None) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-            return True
-        return False
+    def _make(self, loaded: "dict[int, _Window]", step: int) -> list[Batch]:
+        spans = [self._plan.span(step, self._rank, micro) for micro in range(self._plan.accumulation)]
+        return [self._prepare(self._cells(loaded, first, last)) for first, last in spans]
+
+    def _cells(self, loaded: "dict[int, _Window]", first: int, last: int) -> Cells:
+        """Cells `order[first:last]`, in that order."""
+        offsets = self._plan.window_offsets
+        parts = []
+        for number in self._plan.windows(first, last):
+            wanted = self._plan.order[max(first, offsets[number]) : min(last, offsets[number + 1])]
+            cells = loaded[number].cells()
+            parts.append(cells.take(np.searchsorted(cells.index, wanted), self._max_length))
+        return parts[0] if len(parts) == 1 else Cells.concatenate(parts)
+
+
+class _Window:
+    """The cells of one window, which threads are reading; joined by the first one that needs them."""
+
+    def __init__(self, parts: "list[Future[Cells]]") -> None:
+        self._parts = parts
+        self._lock = threading.Lock()
+        self._cells: Cells | None = None
+
+    def cells(self) -> Cells:
+        with self._lock:
+            if self._cells is None:
+                self._cells = Cells.concatenate([part.result() for part in self._parts])
+                self._parts = []
+            return self._cells
 
 
 class _Windows:
-    """The cells of the windows that are in use: one, or two where a micro-batch spans a border."""
+    """The windows in use, and the next one, which is read while they are."""
 
-    def __init__(self, corpus: Corpus, plan: EpochPlan, max_length: int) -> None:
+    def __init__(self, corpus: Corpus, plan: EpochPlan, pool: ThreadPoolExecutor) -> None:
         self._corpus = corpus
         self._plan = plan
-        self._max_length = max_length
-        self._loaded: dict[int, Cells] = {}
+        self._pool = pool
+        self._loaded: dict[int, _Window] = {}
 
-    def read(self, first: int, last: int) -> Cells:
-        """Cells `order[first:last]`, in that order."""
-        if first == last:
-            return Cells.concatenate([])
-        offsets = self._plan.window_offsets
-        low, high = np.searchsorted(offsets, [first, last - 1], side="right") - 1
-        for window in [number for number in self._loaded if number < low]:
-            del self._loaded[window]
-        parts = []
-        for window in range(int(low), int(high) + 1):
-            wanted = self._plan.order[max(first, offsets[window]) : min(last, offsets[window + 1])]
-            cells = self._window(window)
-            parts.append(cells.take(np.searchsorted(cells.index, wanted)))
-        return parts[0] if len(parts) == 1 else Cells.concatenate(parts)
+    def of_step(self, step: int, rank: int) -> dict[int, _Window]:
+        """Windows that a step of a rank takes cells from; those of earlier steps are let go."""
+        needed: set[int] = set()
+        for micro in range(self._plan.accumulation):
+            needed |= set(self._plan.windows(*self._plan.span(step, rank, micro)))
+        if needed:
+            for number in [number for number in self._loaded if number < min(needed)]:
+                del self._loaded[number]
+            for number in range(min(needed), min(max(needed) + 2, len(self._plan.window_offsets) - 1)):
+                if number not in self._loaded:
+                    self._loaded[number] = self._read(number)
+        return {number: self._loaded[number] for number in needed}
 
-    def _window(self, window: int) -> Cells:
-        if window not in self._loaded:
-            first, last = self._plan.window_offsets[window : window + 2]
-            wanted = np.sort(self._plan.order[first:last])
-            parts: Sequence[Cells] = [part.truncate(self._max_length) for part in self._corpus.iter_cells(wanted)]
-            self._loaded[window] = Cells.concatenate(parts)
-        return self._loaded[window]
+    def _read(self, number: int) -> _Window:
+        first, last = self._plan.window_offsets[number : number + 2]
+        wanted = np.sort(self._plan.order[first:last])
+        groups = np.searchsorted(self._corpus.row_group_offsets, wanted, side="right") - 1
+        parts = np.split(wanted, np.flatnonzero(np.diff(groups)) + 1)
+        return _Window([self._pool.submit(self._read_part, part) for part in parts])
+
+    def _read_part(self, wanted: np.ndarray) -> Cells:
+        """Read the wanted cells of one row group."""
+        (cells,) = self._corpus.iter_cells(wanted)
+        return cells

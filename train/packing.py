@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -72,10 +73,13 @@ class Packed:
         cells = torch.arange(len(self), device=self.tokens.device)
         return cells.repeat_interleave(self.offsets.diff(), output_size=len(self.tokens))
 
-    @cached_property
-    def gene_row_numbers(self) -> Tensor:
-        """int64[genes]: row of each gene, so that entry e of the packed `Cells.tokens` lies at row `[e]`."""
-        return self.gene_rows.nonzero()[:, 0]
+    def rows_of(self, entries: np.ndarray) -> Tensor:
+        """int64[n] on the host: rows of some genes, given as entries (int64[n]) of the packed `Cells.tokens`."""
+        extra = _NUM_SPECIAL[self.special_tokens]
+        if not extra:
+            return torch.from_numpy(entries)
+        ends = np.cumsum(self.lengths - extra)
+        return torch.from_numpy(entries + extra * np.searchsorted(ends, entries, side="right") + extra // 2)
 
     def to(self, device: torch.device | str) -> "Packed":
         """Copy to a device; `lengths` stays on the host."""
@@ -105,14 +109,9 @@ def pack(cells: Cells, max_length: int, special_tokens: SpecialTokens = "none") 
         raise ValueError("a batch needs at least one cell, and each cell at least one gene")
     lengths = cells.lengths + _NUM_SPECIAL[special_tokens]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    gene_rows = np.ones(offsets[-1], dtype=bool)
-    tokens = np.empty(offsets[-1], dtype=np.int64)
-    if special_tokens == "cls_eos":
-        first, last = offsets[:-1], offsets[1:] - 1
-        gene_rows[first] = gene_rows[last] = False
-        tokens[first], tokens[last] = CLS, EOS
-    tokens[gene_rows] = cells.tokens
-    positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    size = offsets[-1]
+    tokens, positions, gene_rows = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, bool)
+    _lay_out(cells.tokens, cells.offsets, special_tokens == "cls_eos", tokens, positions, gene_rows)
     return Packed(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),
@@ -121,6 +120,25 @@ def pack(cells: Cells, max_length: int, special_tokens: SpecialTokens = "none") 
         lengths=lengths,
         special_tokens=special_tokens,
     )
+
+
+@numba.njit(cache=True, nogil=True)
+def _lay_out(genes, offsets, with_special, tokens, positions, gene_rows):  # type: ignore[no-untyped-def]
+    lead = 1 if with_special else 0
+    row = 0
+    for cell in range(len(offsets) - 1):
+        size = offsets[cell + 1] - offsets[cell]
+        end = row + size + 2 * lead
+        # Views per cell, not indices into the whole: the compiler then copies many at a time.
+        own_tokens, own_positions, own_genes = tokens[row:end], positions[row:end], gene_rows[row:end]
+        for place in range(len(own_positions)):
+            own_positions[place] = place
+        own_genes[:] = True
+        own_tokens[lead : lead + size] = genes[offsets[cell] : offsets[cell] + size]
+        if with_special:
+            own_tokens[0], own_tokens[-1] = CLS, EOS
+            own_genes[0] = own_genes[-1] = False
+        row = end
 
 
 def pack_rectangle(tokens_BL: Tensor, special_tokens: SpecialTokens = "none") -> Packed:

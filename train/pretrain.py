@@ -75,7 +75,7 @@ class PretrainTask:
             probability=self.settings.mask_probability,
         )
         packed = pack_or_fill(masked.cells, self)
-        rows = packed.gene_row_numbers[torch.from_numpy(masked.entries)]
+        rows = packed.rows_of(masked.entries)
         return MicroBatch(cells.index, packed, torch.from_numpy(masked.labels), rows, len(masked.labels))
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:

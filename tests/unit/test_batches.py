@@ -156,6 +156,48 @@ def test_reader_gives_the_planned_cells_truncated(corpus):
                 assert cells.tokens.tolist() == expected.tokens.tolist()
 
 
+class Jittery(Corpus):
+    """Row groups that come late, and not in the order in which they were asked for."""
+
+    def read_row_group(self, group: int, counts: bool = False) -> Cells:
+        time.sleep(float(np.random.default_rng(group).random()) * 0.03)
+        return super().read_row_group(group, counts)
+
+
+def test_batches_do_not_depend_on_the_number_of_threads(tmp_path):
+    # Windows of two or three cells, so that batches cross their borders.
+    corpus = Corpus(write_corpus(tmp_path / "corpus", num_cells=60, num_shards=12))
+    plan = plan_epoch(
+        np.minimum(corpus.lengths, 30),
+        corpus.row_group_offsets,
+        np.arange(1, len(corpus), 2),
+        seed=5,
+        epoch=1,
+        world_size=1,
+        accumulation=2,
+        token_budget=150,
+        window_row_groups=1,
+    )
+
+    def seen(threads: int, first_step: int = 0) -> list[list[tuple[list[int], list[int]]]]:
+        reader = BatchReader(
+            Jittery(corpus.store.uri),
+            plan,
+            lambda cells: (cells.index.tolist(), cells.tokens.tolist()),
+            rank=0,
+            first_step=first_step,
+            max_length=30,
+            threads=threads,
+        )
+        return list(reader)
+
+    alone = seen(1)
+    assert [cells for step in alone for batch in step for cells in batch[0]] == plan.order.tolist()
+    assert max(len(plan.windows(*plan.span(step, 0, 0))) for step in range(plan.num_steps)) > 1
+    assert seen(4) == alone
+    assert seen(3, first_step=2) == alone[2:]
+
+
 def test_reader_resumes_at_a_step(corpus):
     plan = corpus_plan(corpus)
 

@@ -42,7 +42,8 @@ def test_cls_and_eos_use_two_of_the_places():
     assert gene_limit(6, "cls_eos") == 4
     assert sequences(packed) == [[CLS, *genes[0].tolist(), EOS], [CLS, *genes[1][:4].tolist(), EOS]]
     assert packed.tokens[packed.gene_rows].tolist() == [*genes[0].tolist(), *genes[1][:4].tolist()]
-    assert packed.gene_row_numbers.tolist() == [1, 2, 3, 6, 7, 8, 9]
+    assert packed.rows_of(np.arange(7)).tolist() == [1, 2, 3, 6, 7, 8, 9]
+    assert packed.rows_of(np.array([2, 3, 6])).tolist() == [3, 6, 9]
     assert packed.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]
 
 
