@@ -3,9 +3,9 @@
 import time
 
 import numpy as np
-import torch
 
-from evaluate.scan_plan import WorkUnit, encoder_flops
+from evaluate.perturb import null_edits
+from evaluate.scan_plan import encoder_flops
 from evaluate.scan_setup import Scan
 from evaluate.scan_worker import ScanWorker
 from train.packing import gene_limit
@@ -16,7 +16,7 @@ _TIMED_SECONDS = 2.0
 def print_plan(scan: Scan) -> None:
     """Print cells, passes, tokens, FLOPs and the estimated time of a scan; nothing is written.
 
-    The time is that of one worker on this machine's device, from perturbations of the cell of median length.
+    The time follows from the speed of one worker on this machine's device at the cell of median length.
     """
     worker = ScanWorker(scan.job)
     config = worker.scanner.encoder.config
@@ -35,6 +35,7 @@ def print_plan(scan: Scan) -> None:
         "work units": f"{len(scan.units):,}",
         "passes, at most": f"{scan.num_sets.sum():,}",
         "tokens": f"{tokens:,}",
+        **({"rows of gene_shifts, at most": f"{scan.gene_rows:,}"} if scan.settings.gene_shifts else {}),
         "encoder": f"{flops / 1e12:,.2f} TFLOP",
         "speed of one worker": f"{rate / 1e9:,.1f} GFLOP/s, measured on this machine ({worker.scanner.device})",
         "estimate": f"{seconds:,.0f} s ({seconds / 3600:,.2f} h) with {max(scan.settings.engine.workers, 1)} worker(s)",
@@ -44,23 +45,24 @@ def print_plan(scan: Scan) -> None:
 
 
 def measured_flops(scan: Scan, worker: ScanWorker) -> float:
-    """FLOP per second of this machine at perturbations of the cell of median length; about two seconds."""
+    """FLOP per second of this machine at full batches of the cell of median length; about two seconds.
+
+    The cell is run unchanged, so that there is something to time whether or not the perturbation applies to it.
+    """
     median = np.argsort(scan.input_lengths, kind="stable")[len(scan.input_lengths) // 2]
-    cells = scan.corpus.read_cells(scan.selection.cells[[median]], counts=True)
-    edits, _ = worker.edits(cells, WorkUnit("", cells.index))
+    cells = scan.corpus.read_cells(scan.selection.cells[[median]])
     config, scanner = worker.scanner.encoder.config, worker.scanner
-    rows = np.arange(len(edits[0]))[: max(scanner.token_budget // int(scan.input_lengths[median]), 1)]
+    length = int(scan.input_lengths[median])
+    rows = np.zeros(max(scanner.token_budget // length, 1), dtype=np.int64)
     centroids = np.ones((max(len(scan.job.states), 1), config.hidden_size))
-    part = [edits[0].take(rows)]
+    part = [null_edits(np.array([length]))[0].take(rows)]
     scanner.scan(cells, part, centroids)  # the first call pays for kernels and caches
     passes, started = 0, time.perf_counter()
     while passes == 0 or time.perf_counter() - started < _TIMED_SECONDS:
-        scanner.scan(cells, part, centroids)
-        passes += max(len(rows), 1)
-        if scanner.device.type == "cuda":
-            torch.cuda.synchronize()
+        scanner.scan(cells, part, centroids)  # waits for the device: its result is on the host
+        passes += len(rows)
     elapsed = time.perf_counter() - started
     one = encoder_flops(
-        np.ones(1), scan.input_lengths[[median]], scanner.num_layers, config.hidden_size, config.intermediate_size
+        np.ones(1), np.array([length]), scanner.num_layers, config.hidden_size, config.intermediate_size
     )
     return passes * one / elapsed
