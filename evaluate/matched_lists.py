@@ -13,7 +13,8 @@ from corpus.reader import Cells
 
 NEIGHBOURS = 50
 """Genes nearest in detection and rank that a listed gene is replaced from."""
-_ATTEMPTS = 100
+_MISSES = 200
+"""Lists drawn before in a row, after which there are taken to be no others."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,15 @@ def draw_lists(
     rng = np.random.default_rng([seed, 5])
     found: list[np.ndarray] = []
     known: set[tuple[int, ...]] = set()
-    for _ in range(_ATTEMPTS * number):
-        if len(found) == number:
-            break
+    misses = 0
+    while len(found) < number and misses < _MISSES:
         row = np.full(len(listed), -1)
         # In a random order: the first column to choose has the most to choose from.
         for column in rng.permutation(len(listed)).tolist():
             row[column] = rng.choice(candidates[column][~np.isin(candidates[column], row)])
         key = tuple(sorted(row.tolist()))
-        if key not in known:
+        misses = misses + 1 if key in known else 0
+        if not misses:
             known.add(key)
             found.append(row)
     if len(found) < number:

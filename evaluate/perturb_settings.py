@@ -28,6 +28,9 @@ class PerturbationSettings(Settings):
     the anchor, each gene, and the anchor with each gene."""
     anchor: str | None = None
     """Gene that combine = "anchor" pairs with the others."""
+    null_lists: int = Field(0, ge=0)
+    """joint: perturb so many random lists as well, each gene of the list replaced by one of like detection and rank, to
+    test the list against them. 99 lists make 0.02 the lowest p-value."""
     absent: Literal["insert", "skip"] = "insert"
     """overexpress: what to do with a listed gene that the cell does not express."""
     require: Literal["all", "any"] = "all"
@@ -63,6 +66,8 @@ class PerturbationSettings(Settings):
             raise ValueError(f'combine = "{self.combine}" needs a list of genes')
         if self.lists_no_genes and self.kind == "knock_in":
             raise ValueError("knock_in needs a list of genes")
+        if self.null_lists and self.combine != "joint":
+            raise ValueError('null_lists belongs to combine = "joint"')
         if self.genes == []:
             raise ValueError("genes: the list is empty")
         return self

@@ -18,7 +18,7 @@ def shift_distributions(
     value_label: str,
     highlight: Sequence[str] = (),
 ) -> Figure:
-    """Distribution over cells of each gene's values, below that of all genes' values.
+    """Distribution over cells of each gene's values, below that of all values.
 
     Each row has a box from the first to the third quartile with the median, whiskers from the 5th to the 95th
     percentile, and the cells (at most 300 of them, at even distances in rank) as dots.
@@ -28,11 +28,11 @@ def shift_distributions(
     genes
         (name, float[cells]) from top to bottom.
     pool
-        float[values] of all perturbed genes; the grey band is its 5th to 95th percentile.
+        float[values] of all perturbations; the grey band is its 5th to 95th percentile.
     highlight
         Names in bold.
     """
-    rows = [("all genes", np.asarray(pool, dtype=np.float64)), *genes]
+    rows = [("all perturbations", np.asarray(pool, dtype=np.float64)), *genes]
     with mpl.rc_context(STYLE):
         figure, axes = new_figure(5.6, 0.24 * len(rows) + 0.9)
         if len(pool):

@@ -10,6 +10,7 @@ from corpus.errors import UserError
 from corpus.hashing import digest_json
 from corpus.reader import Corpus
 from corpus.store import Store
+from evaluate.matched_lists import draw_lists, find_places
 from evaluate.perturb_settings import ScanSettings, read_gene_list
 from evaluate.scan_plan import label_columns, plan_units, select_cells
 from evaluate.scan_worker import Job
@@ -87,6 +88,13 @@ class Scan:
         allowed = np.ones(genes.vocab_size, dtype=bool)
         if listed is None and change.min_cells > 1:
             allowed = count_detections(self.corpus, self.selection.cells, self.max_genes) >= change.min_cells
+        null_sets = None
+        if listed is not None and change.null_lists:
+            places = find_places(self.corpus.iter_cells(self.selection.cells), genes.vocab_size, self.max_genes)
+            try:
+                null_sets = draw_lists(listed, genes.tokens, places, change.null_lists, self.settings.cells.seed)
+            except ValueError as error:
+                raise UserError(f"perturbation.null_lists: {error}") from error
         affected, asked = None, self.settings.gene_shifts
         if asked is not None:
             affected = np.full(genes.vocab_size, asked.affected == "all")
@@ -107,6 +115,7 @@ class Scan:
             labels=list(self.model.card.label_map or {}) if self.settings.readout.probabilities else [],
             affected=affected,
             most_changed=asked.most_changed if asked else None,
+            null_sets=null_sets,
         )
 
     def _scan_id(self) -> str:

@@ -40,6 +40,8 @@ class Job:
         bool[vocab_size]: genes whose own embeddings are compared; None for none.
     most_changed
         How many of them are kept of each perturbation; None for all.
+    null_sets
+        int64[sets, k]: random lists that are perturbed as well as the one of a joint perturbation.
     """
 
     model_uri: str
@@ -57,11 +59,13 @@ class Job:
     labels: list[str]
     affected: np.ndarray | None = None
     most_changed: int | None = None
+    null_sets: np.ndarray | None = None
 
     @cached_property
     def sets(self) -> np.ndarray | None:
         """Gene sets of every cell; None if they differ from cell to cell."""
-        return gene_sets(self.perturbation, self.listed, self.anchor)
+        sets = gene_sets(self.perturbation, self.listed, self.anchor)
+        return sets if self.null_sets is None or sets is None else np.concatenate([sets, self.null_sets])
 
     @property
     def joint(self) -> bool:

@@ -22,7 +22,7 @@ from evaluate.stats_aggregate import AFFECTED, aggregate_cells, aggregate_effect
 from evaluate.stats_modes import compare_scans, mixture, pair_scans, versus_null
 from evaluate.stats_pictures import comparison_pictures, goal_pictures, named_rows, volcano_of
 from evaluate.stats_settings import StatsSettings
-from evaluate.stats_tables import SIMILARITY, Measure, about_genes, genes_table, measures
+from evaluate.stats_tables import SIMILARITY, Measure, about_genes, genes_and_lists, genes_table, measures
 
 
 @dataclass
@@ -94,8 +94,10 @@ def _about_scan(manifest: ScanManifest) -> dict[str, Any]:
 
 
 def _goal_state_shift(scan: ShiftBlocks, settings: StatsSettings) -> Results:
-    genes = genes_table(scan, settings)
+    genes, null_lists = genes_and_lists(scan, settings)
     results = Results(genes, {"states": _summarise_states(genes, settings)})
+    if null_lists is not None:
+        results.tables["null_lists"] = null_lists
     results.pictures = goal_pictures(scan, genes, settings)
     if settings.compare is not None:
         _compare(results, ShiftBlocks(settings.compare), settings)

@@ -9,6 +9,7 @@ from corpus.errors import UserError
 from evaluate.shift_blocks import ShiftBlocks
 from evaluate.shifts import PROBABILITY, SHIFT, ScanManifest
 from evaluate.stats import KEYS, Sums, assign_bins, genes_from_sums, merge, sum_block
+from evaluate.stats_lists import compare_list, joint_target
 from evaluate.stats_settings import StatsSettings
 
 SIMILARITY = "similarity"
@@ -113,6 +114,11 @@ def sum_scan(scan: ShiftBlocks, columns: Sequence[str], detections: pl.DataFrame
 
 
 def genes_table(scan: ShiftBlocks, settings: StatsSettings) -> pl.DataFrame:
+    """Test every gene (or set of genes) towards every state; see `genes_and_lists`."""
+    return genes_and_lists(scan, settings)[0]
+
+
+def genes_and_lists(scan: ShiftBlocks, settings: StatsSettings) -> tuple[pl.DataFrame, pl.DataFrame | None]:
     """Test every gene (or set of genes) towards every state.
 
     The goal state comes first; within a state the order is as published: significant genes first, then by mean,
@@ -124,17 +130,24 @@ def genes_table(scan: ShiftBlocks, settings: StatsSettings) -> pl.DataFrame:
 
     Returns
     -------
-    `state, ensembl_id, symbol`; the columns of `genes_from_sums`; `below_noise` (the tested effect, `excess` or where
-    there is none `mean`, is no larger than rounding); `significant` (`fdr` below the threshold, and not `below_noise`);
-    those of `about_genes`.
+    genes
+        `state, ensembl_id, symbol`; the columns of `genes_from_sums`; `below_noise` (the tested effect, `excess` or
+        where there is none `mean`, is no larger than rounding); `significant` (`fdr` below the threshold, and not
+        `below_noise`); those of `about_genes`.
+    null_lists
+        Of a joint list that was scanned with random ones: their rows, which `genes` then does not have.
     """
     about = about_genes(scan)
     detections = about.select(KEYS.gene, pl.col("n_rows").alias("detected"))
     asked = measures(scan.manifest)
     sums = sum_scan(scan, [measure.column for measure in asked], detections)
-    parts = []
+    target = joint_target(scan.manifest)
+    parts, nulls = [], []
     for measure in asked:
         tested = genes_from_sums(sums[measure.column], settings)
+        if target is not None:
+            tested, null = compare_list(tested, target, settings)
+            nulls.append(null.select(pl.lit(measure.name).alias("state"), KEYS.gene, "n_cells", "n_donors", "mean"))
         tested = tested.join(about.drop("n_rows", "sd_similarity"), on=KEYS.gene, how="left", validate="1:1")
         if measure.column == SIMILARITY:
             untested = pl.col("excess").is_null()
@@ -150,5 +163,6 @@ def genes_table(scan: ShiftBlocks, settings: StatsSettings) -> pl.DataFrame:
         order = [pl.col("p_value").is_null(), pl.col("significant").not_(), -pl.col("mean"), "fdr", KEYS.gene]
         parts.append(tested.sort(order, nulls_last=True))
     genes = pl.concat(parts)
+    null_lists = pl.concat(nulls) if nulls else None
     first = ["state", KEYS.gene, "symbol", "n_cells", "n_donors", "mean", "ci_low", "ci_high", "p_value", "fdr"]
-    return genes.select(*first, pl.exclude(first))
+    return genes.select(*first, pl.exclude(first)), null_lists

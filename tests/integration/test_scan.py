@@ -20,6 +20,7 @@ from evaluate.perturb_settings import ScanSettings
 from evaluate.scan import run_scan
 from evaluate.scan_setup import Scan
 from evaluate.shifts import read_shifts
+from evaluate.stats_lists import OVER_LISTS
 from evaluate.stats_report import write_stats
 from evaluate.stats_settings import StatsSettings
 from evaluate.stats_tables import MITOCHONDRIAL, RIBOSOMAL
@@ -239,6 +240,26 @@ def test_joint_lists_are_list_columns_and_skips_are_counted(inputs, tmp_path):
     assert len(frame) + manifest.skipped["absent"] + manifest.skipped["nothing_left"] == 20
     assert manifest.skipped["absent"] > 0
     assert all(max(ranks) >= 0 for ranks in frame["rank"].to_list())
+
+
+def test_a_joint_list_brings_its_random_lists(inputs, tmp_path):
+    change = {"genes": ["Gene3", "Gene7"], "combine": "joint", "require": "any", "null_lists": 25}
+    ready = scan(inputs, tmp_path / "a", perturbation=change)
+    run_scan(ready)
+    sets = table(tmp_path / "a")["symbol"].unique(maintain_order=True).to_list()
+    assert ["Gene3", "Gene7"] in sets
+    assert len(sets) == 26
+    assert all(
+        len(set(each)) == 2 and not {"Gene3", "Gene7"} & set(each) for each in sets if each != ["Gene3", "Gene7"]
+    )
+    assert scan(inputs, tmp_path / "a", perturbation=change).scan_id == ready.scan_id
+    genes = write_stats(str(tmp_path / "a"), str(tmp_path / "b"), StatsSettings(min_cells=2))
+    assert set(genes["symbol"]) == {"Gene3+Gene7"}
+    assert set(genes["test"]) == {OVER_LISTS}
+    assert genes["p_value"].min() >= 2 / 26
+    most = [f"Gene{number}" for number in range(1, 80)]
+    with pytest.raises(UserError, match="null_lists: only 1 genes besides the 79 listed ones"):
+        scan(inputs, tmp_path / "c", perturbation={**change, "genes": most})
 
 
 def test_rare_genes_are_left_out(inputs, finished, tmp_path):

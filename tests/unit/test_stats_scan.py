@@ -20,6 +20,7 @@ from evaluate.shifts import ScanManifest, UnitRecord, shifts_schema, unit_path
 from evaluate.stats import KEYS, gene_statistics
 from evaluate.stats_commands import StatsCommand
 from evaluate.stats_compat import draw_pool
+from evaluate.stats_lists import OVER_LISTS, TOO_FEW_LISTS
 from evaluate.stats_report import write_stats
 from evaluate.stats_settings import StatsSettings
 from evaluate.stats_tables import NO_NULL, about_genes, genes_table
@@ -46,6 +47,7 @@ def write_scan(
     genes="all",
     effects=None,
     model="model",
+    null_lists=0,
 ):
     """A finished scan of given rows, cut into units wherever it falls, also within a cell."""
     store, states = Store(folder), list(states)
@@ -70,7 +72,13 @@ def write_scan(
         model_checksum=model,
         genes_hash="genes",
         corpus_sha256="corpus",
-        settings={"perturbation": {"genes": genes, "combine": "joint" if joint else "one_by_one"}},
+        settings={
+            "perturbation": {
+                "genes": genes,
+                "combine": "joint" if joint else "one_by_one",
+                "null_lists": null_lists,
+            }
+        },
         perturbation="delete",
         joint=joint,
         states=states,
@@ -320,6 +328,58 @@ def test_aggregate_data_of_a_joint_list(tmp_path):
     np.testing.assert_allclose(published["Cosine_shift"], values, rtol=1e-6)
     with pytest.raises(UserError, match="perturbed every gene"):
         write_stats(write_scan(tmp_path / "all", make_rows()), str(tmp_path / "x"), settings)
+
+
+def make_lists(effect, num_lists=40, num_cells=30, seed=0):
+    """A joint list, two genes long, and random ones, every one in most cells; `effect` is the list's alone."""
+    rng = np.random.default_rng(seed)
+    number, cell = np.divmod(np.arange((num_lists + 1) * num_cells), num_cells)
+    keep = rng.random(len(cell)) < 0.8
+    number, cell = number[keep], cell[keep]
+    of_list = rng.normal(size=num_lists + 1) * 0.01
+    of_list[0] = effect
+    shifts = {f"shift_{state}": of_list[number] + 0.001 * rng.normal(size=len(cell)) for state in STATES}
+    return pl.DataFrame(
+        {
+            "cell_id": [f"c{each}" for each in cell],
+            "donor_id": [f"d{each % 3}" for each in cell],
+            "perturbation": "delete",
+            "ensembl_id": [[f"g{each}", f"h{each}"] for each in number],
+            "symbol": [[f"G{each}", f"H{each}"] for each in number],
+            "rank": pl.Series([[each % 7, -1] for each in cell], dtype=pl.List(pl.Int32)),
+            "similarity": 1 - 0.01 * rng.random(len(cell)),
+            **shifts,
+            "no_op": False,
+        }
+    ).sort("cell_id", maintain_order=True)
+
+
+@pytest.mark.parametrize(("effect", "hits"), [(0.1, 0), (-0.1, 0), (0.0, None)])
+def test_a_joint_list_is_tested_against_random_lists(tmp_path, effect, hits):
+    frame = make_lists(effect)
+    uri = write_scan(tmp_path / "scan", frame, joint=True, genes=["g0", "h0"], null_lists=40)
+    genes = write_stats(uri, str(tmp_path / "out"), SETTINGS)
+    assert genes["symbol"].to_list() == ["G0+H0"] * 3
+    row = genes.row(0, named=True)
+    assert (row["state"], row["test"], row["null_size"]) == ("beta", OVER_LISTS, 40)
+    of_donors = frame.group_by(pl.col("ensembl_id").list.first(), "donor_id").agg(pl.col("shift_beta").mean())
+    means = dict(of_donors.group_by("ensembl_id").agg(pl.col("shift_beta").mean()).iter_rows())
+    own = means.pop("g0")
+    others = np.array(list(means.values()))
+    assert row["mean"] == pytest.approx(own, rel=1e-5)
+    assert row["excess"] == pytest.approx(own - others.mean(), rel=1e-5)
+    if hits is None:
+        hits = min((others >= own).sum(), (others <= own).sum())
+    assert row["p_value"] == row["fdr"] == pytest.approx(min(1, 2 * (1 + hits) / 41))
+    null = pl.read_csv(tmp_path / "out" / "null_lists.csv").filter(pl.col("state") == "beta")
+    np.testing.assert_allclose(null.sort("ensembl_id")["mean"], [means[k[0]] for k in sorted(means.items())], rtol=1e-5)
+
+
+def test_too_few_random_lists_make_no_test(tmp_path):
+    uri = write_scan(tmp_path / "scan", make_lists(0.1, 5), joint=True, genes=["g0", "h0"], null_lists=5)
+    genes = genes_table(ShiftBlocks(uri), SETTINGS)
+    assert set(genes["test"]) == {TOO_FEW_LISTS}
+    assert genes["p_value"].null_count() == 3
 
 
 def make_effects(frame, seed=0):
