@@ -3,6 +3,7 @@
 import contextlib
 import json
 import resource
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,12 +70,14 @@ def curve(out: Path) -> dict[int, float]:
 @contextlib.contextmanager
 def small_files_only() -> Iterator[None]:
     """Let this process write no file larger than a few bytes, as on a disk that is nearly full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, bytecode = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # Python would leave truncated .pyc files behind
     resource.setrlimit(resource.RLIMIT_FSIZE, (TOO_SMALL, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = bytecode
 
 
 def at(step: int, action: Callable[[], None], lines: list[str]) -> Callable[[str], None]:
