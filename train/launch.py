@@ -4,13 +4,11 @@ import contextlib
 import json
 import logging
 import os
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
-import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
@@ -20,6 +18,7 @@ from corpus.errors import RunError, UserError
 from corpus.provenance import record_run
 from corpus.store import Store
 from train import loop, output
+from train.desk import SaveOnSigterm, attended, held_up_by, node_name, open_desk, reporting
 from train.finetune import FinetuneTask
 from train.pretrain import PretrainTask
 from train.settings import FinetuneSettings, PretrainSettings, WorkerSettings, settings_hash
@@ -100,30 +99,32 @@ def fit(
     Ray would hand back the newest one whether it is whole or not.
     """
     use_gpu = _use_gpu(workers)
-    lines = _Lines.remote()  # type: ignore[attr-defined]
+    desk = open_desk(workers.timeout_s)
     trainer = ray.train.torch.TorchTrainer(
         _work,  # type: ignore[arg-type]  # Ray's type forgets that a worker may return something
-        train_loop_config={"kind": kind, "settings": values, "options": options, "lines": lines},
+        train_loop_config={"kind": kind, "settings": values, "options": options, "desk": desk},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers.count, use_gpu=use_gpu, resources_per_worker={"CPU": workers.cpus} | _gpu(use_gpu)
         ),
         torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=int(workers.timeout_s)
+            # Later than the watch, which knows whom to name.
+            backend="nccl" if use_gpu else "gloo",
+            timeout_s=int(workers.timeout_s) + 60,
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=f"{store.uri}/ray",
-            callbacks=list(callbacks),
+            callbacks=[SaveOnSigterm(), *callbacks],  # type: ignore[list-item]  # Ray takes its inner kind as well
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
         ),
     )
-    with _show(lines):
+    with attended(desk):
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise RunError(
-                f"training failed for good: {_last_line(error)}; the same command goes on from the newest "
-                f"checkpoint in {store.uri}"
+                f"training failed for good: {held_up_by(desk) or _last_line(error)}; the same command goes on from "
+                f"the newest checkpoint in {store.uri}"
             ) from error
     outcome: dict[str, Any] = json.loads(result.return_value)  # type: ignore[attr-defined]
     match outcome:
@@ -139,6 +140,8 @@ def cluster(workers: WorkerSettings) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or one that is already joined, or start one on this machine."""
     # Silence of one rank must end a run: by default Ray waits for ever (DESIGN: finite timeouts).
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(workers.timeout_s))
+    # By then the watch has named a worker that no longer answers; a single one has nobody else to end its attempt.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(workers.timeout_s + 30))
     if ray.is_initialized():
         yield
         return
@@ -161,13 +164,19 @@ def _work(config: dict[str, Any]) -> str:
     device = ray.train.torch.get_device()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // context.get_local_world_size()))
-    world = World(context.get_world_rank(), context.get_world_size(), device)
-    lines = config["lines"]
+    world = World(context.get_world_rank(), context.get_world_size(), device, node_name())
+    desk, settings = config["desk"], config["settings"]
     try:
-        task = make_task(config["kind"], config["settings"], **config["options"])
-        metrics = loop.run(
-            task, config["settings"]["out"], world, emit=lambda line: lines.put.remote(line), report=ray.train.report
-        )
+        task = make_task(config["kind"], settings, **config["options"])
+        with reporting(desk, world, settings["workers"]["timeout_s"]) as (world, signals):
+            metrics = loop.run(
+                task,
+                settings["out"],
+                world,
+                emit=lambda line: desk.put.remote(line),
+                report=ray.train.report,
+                signals=signals,
+            )
     except UserError as error:
         return json.dumps({"user_error": str(error)})
     except RunError as error:
@@ -179,45 +188,6 @@ def quiet() -> None:
     """Keep third parties' chatter out of the logs."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-
-
-@ray.remote(num_cpus=0)
-class _Lines:
-    """Carries lines from the workers to the user's terminal, whatever machine the workers are on."""
-
-    def __init__(self) -> None:
-        self.waiting: list[str] = []
-
-    def put(self, line: str) -> None:
-        self.waiting.append(line)
-
-    def take(self) -> list[str]:
-        taken, self.waiting = self.waiting, []
-        return taken
-
-
-@contextlib.contextmanager
-def _show(lines: Any) -> Iterator[None]:
-    """Print lines as they come, until the block is left."""
-    stop = threading.Event()
-
-    def follow() -> None:
-        while True:
-            last = stop.wait(0.5)
-            with contextlib.suppress(ray.exceptions.RayError):
-                for line in ray.get(lines.take.remote()):
-                    print(line, flush=True)
-            if last:
-                return
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        ray.kill(lines)
 
 
 def _use_gpu(workers: WorkerSettings) -> bool:

@@ -275,8 +275,8 @@ class _Run:
         if stop:
             if self.saved_step != self.state.step:
                 self._save()
-            self.saver.wait()
-            raise RunError(f"stopped by request after step {self.state.step}; the same command goes on from there")
+            where = "there" if self.saver.wait() else "the newest checkpoint, for this one could not be written"
+            raise RunError(f"stopped by request after step {self.state.step}; the same command goes on from {where}")
         if not ask:
             return False
         notice, before = self.signals.preempted(), self.notice

@@ -103,8 +103,12 @@ class Saver:
         self._thread = threading.Thread(target=self._run, args=(draft, log, best), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
+    def wait(self) -> bool:
         """Wait for the checkpoint that is being written; every process calls this.
+
+        Returns
+        -------
+        Whether it was written.
 
         Raises
         ------
@@ -113,12 +117,13 @@ class Saver:
         """
         self._join()
         if self._error is None:
-            return
+            return True
         error, self._error = self._error, None
         if not isinstance(error, _SaveError):
             raise error
         if self._failed >= self._keep.failed_checkpoints:
             raise RunError(f"{self._failed} checkpoint(s) in a row could not be written; the last one: {error}")
+        return False
 
     def close(self) -> None:
         """Let the last checkpoint be finished, whatever becomes of it."""

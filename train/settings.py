@@ -71,7 +71,7 @@ class WorkerSettings(Settings):
     max_failures: int = Field(3, ge=0)
     """How often a run starts again from its newest checkpoint after a worker has died."""
     timeout_s: float = Field(1800, gt=0)
-    """Seconds after which a worker that waits for the others gives up."""
+    """Seconds without a sign of a worker, or of progress, after which it is named and the attempt ends."""
 
 
 class KeepSettings(Settings):

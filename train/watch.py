@@ -67,13 +67,18 @@ class Watch:
         self._began = clock()
         self._size = 0
 
+    @property
+    def attempt(self) -> str:
+        """The attempt that began last; empty before the first."""
+        return self._attempts[-1] if self._attempts else ""
+
     def hear(self, beat: Beat) -> str | None:
         """Take a worker's word; the answer names who holds up its attempt, if anybody does."""
         now = self._clock()
         if beat.attempt not in self._attempts:
             self._attempts.append(beat.attempt)
             self._workers, self._began, self._size = {}, now, beat.size
-        if beat.attempt != self._attempts[-1]:
+        if beat.attempt != self.attempt:
             return "another attempt has begun"
         known = self._workers.get(beat.rank)
         moved = known.moved if known and known.beat.moves == beat.moves else now

@@ -17,7 +17,7 @@ MAX_LINES = 500
 # Files whose hashes were verified against a manifest are opened here, and pickles nowhere else.
 VERIFIED_LOADER = "train/checkpoint.py"
 # Modules at the edge: only these build a pipeline, an engine, a scan, a search or a launch.
-EDGE_MODULES = {"distribute", "engine", "launch", "pipeline", "scan", "space", "sweep", "trial"}
+EDGE_MODULES = {"desk", "distribute", "engine", "launch", "pipeline", "scan", "space", "sweep", "trial"}
 EDGE_LIBRARIES = {"ray", "deepspeed"}
 # What a machine with torch and transformers alone must be able to import.
 PURE_MODULES = (
