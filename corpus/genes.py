@@ -112,6 +112,11 @@ class GeneTable:
         return {name: token for token, name in enumerate(SPECIAL_TOKENS) if token not in genes}
 
     @property
+    def is_imported(self) -> bool:
+        """Whether this is a published vocabulary: none of those says how many cells its medians were taken over."""
+        return not self.table["n_cells"].to_numpy().any()
+
+    @property
     def vocab_size(self) -> int:
         """Rows that a model's token embedding needs: the highest token and one, special tokens included."""
         return max(int(self.tokens[-1]) + 1, len(SPECIAL_TOKENS))

@@ -13,14 +13,14 @@ from corpus.shards import ranked_table, write_shard
 from corpus.store import Store
 
 
-def make_genes(num_genes: int, rng: np.random.Generator) -> GeneTable:
-    """Mouse-like ids in order; medians repeat, so that ties occur."""
+def make_genes(num_genes: int, rng: np.random.Generator, imported: bool = False) -> GeneTable:
+    """Mouse-like ids in order; medians repeat, so that ties occur. An imported table names no numbers of cells."""
     return GeneTable.own(
         [f"ENSMUSG{number:011d}" for number in range(1, num_genes + 1)],
         [f"Gene{number}" for number in range(1, num_genes + 1)],
         ["protein_coding"] * num_genes,
         rng.choice([0.5, 1.0, 1.5, 2.25], num_genes),
-        np.full(num_genes, 10),
+        np.full(num_genes, 0 if imported else 10),
     )
 
 
@@ -36,6 +36,7 @@ def write_corpus(
     separable: bool = True,
     seed: int = 0,
     report: str = "",
+    imported: bool = False,
 ) -> Path:
     """Write a published corpus of random cells.
 
@@ -45,7 +46,7 @@ def write_corpus(
     """
     rng = np.random.default_rng(seed)
     store = Store(folder)
-    genes = make_genes(num_genes, rng)
+    genes = make_genes(num_genes, rng, imported)
     genes.save(store)
     units = []
     for shard, numbers in enumerate(np.array_split(np.arange(num_cells), num_shards)):

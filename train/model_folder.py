@@ -260,8 +260,15 @@ def check_same_genes(card: ModelCard, corpus: Corpus) -> None:
     if found != card.genes_hash:
         raise UserError(
             f"{corpus.store.uri}: its gene table is {found}, the model's is {card.genes_hash}: "
-            "tokens would mean other genes; ingest the corpus with the model's gene table"
+            "tokens would mean other genes; ingest the corpus with the vocabulary that the model was trained on "
+            "(vocabulary.corpus, or the same vocabulary.dictionary)"
         )
+
+
+def read_card(uri: str | Path) -> ModelCard | None:
+    """Card of a folder of ours; None for a published folder, which has none."""
+    store = Store(uri)
+    return _read_card(store) if store.exists(CARD) else None
 
 
 def _read_card(store: Store) -> ModelCard:

@@ -15,6 +15,7 @@ from train.model_folder import ModelCard, save_model
 from train.packing import gene_limit
 from train.settings import PretrainSettings
 from train.split import TRAIN, VALIDATION, hold_out
+from train.start import make_start
 from train.tasks import MicroBatch, batches_of, corpus_identity, pack_or_fill
 from train.world import World
 
@@ -36,8 +37,8 @@ class PretrainTask:
     def __init__(self, settings: PretrainSettings) -> None:
         self.settings = settings
         self.corpus = Corpus(settings.corpus)
-        sizes = settings.model.resolved()
-        self.max_length, self.special_tokens = sizes.max_length, sizes.special_tokens
+        self.start = make_start(settings.model, self.corpus, settings.init_from)
+        self.max_length, self.special_tokens = self.start.max_length, self.start.special_tokens
         usable = self.corpus.lengths > 0
         self.split = hold_out(self.corpus.obs(["dataset_id", "donor_id"]), usable, settings.held_out, settings.seed)
         self.train_cells = self.split.cells(TRAIN)
@@ -50,19 +51,27 @@ class PretrainTask:
             held_out = np.sort(rng.choice(held_out, settings.held_out.max_cells, replace=False))
             self.notes.append(f"evaluation runs on {len(held_out):,} of the held-out cells")
         self.held_out = held_out
+        if self.start.weights is not None:
+            fresh = self.start.weights.load_into(MaskedLM(self.start.config))
+            untrained = f"; not in it and drawn anew: {', '.join(fresh)}" if fresh else ""
+            self.notes.append(f"starting from {self.start.weights.source}{untrained}")
 
     def identity(self) -> dict[str, Any]:
         """All that the result depends on."""
+        weights = self.start.weights
         return {
             "command": self.command,
             "settings": self.settings.identity(),
             "corpus": corpus_identity(self.corpus),
-        }
+        } | ({"init_from": weights.checksum} if weights is not None else {})
 
     def build_model(self) -> nn.Module:
-        """Initialise from the seed."""
+        """Initialise from the seed, and put the checkpoint's weights over it if there is one."""
         torch.manual_seed(self.settings.seed)
-        return MaskedLM(self.settings.model.bert_config(self.corpus.genes.vocab_size))
+        model = MaskedLM(self.start.config)
+        if self.start.weights is not None:
+            self.start.weights.load_into(model)
+        return model
 
     def prepare(self, cells: Cells, epoch: int) -> MicroBatch:
         """Mask and pack."""
@@ -129,7 +138,9 @@ class PretrainTask:
 
     def final_metrics(self, model: nn.Module, world: World, last: dict[str, float]) -> dict[str, Any]:
         """Return the last evaluation, which was of these weights, and how cells were held out."""
-        return {**last, "split": self.split.summary()}
+        weights = self.start.weights
+        begun = {"init_from": {"file": weights.source, "sha256": weights.checksum}} if weights is not None else {}
+        return {**last, **begun, "split": self.split.summary()}
 
     def save(self, folder: Path, state: dict[str, Tensor], metrics: dict[str, Any]) -> None:
         """Write the model folder."""
@@ -138,7 +149,7 @@ class PretrainTask:
             genes_hash=self.corpus.genes.hash,
             special_tokens=self.special_tokens,
             max_length=self.max_length,
-            preset=self.settings.model.preset,
+            preset=self.settings.model.preset if self.start.weights is None else None,
             training=metrics,
         )
         model = self.build_model()

@@ -117,17 +117,22 @@ class TrainingOptions(Settings):
 
     def identity(self) -> dict[str, Any]:
         """Settings that a result depends on; inputs are told by their content hashes, not by where they lie."""
-        places = {"corpus", "out"} | ({"model"} if isinstance(getattr(self, "model", None), str) else set())
+        places = {"corpus", "out", "init_from"} | (
+            {"model"} if isinstance(getattr(self, "model", None), str) else set()
+        )
         return self.model_dump(mode="json", exclude={"workers", "keep"} | places)
 
 
 class PretrainSettings(TrainingOptions):
-    """Masked-gene pretraining of a new model."""
+    """Masked-gene pretraining, of a new model or of an existing one."""
 
     corpus: Uri
     """URI of the corpus."""
     out: Uri
     """URI of the model folder to write."""
+    init_from: Uri | None = None
+    """Go on from the weights in this folder, ours or a published one (config.json and model.safetensors or
+    pytorch_model.bin); the optimiser and the schedule begin anew. Its sizes count, not the preset's."""
     model: ModelSettings = ModelSettings()
     held_out: HeldOutSettings = HeldOutSettings()
     mask_probability: float = Field(0.15, gt=0, lt=1)
