@@ -64,8 +64,12 @@ class World:
             dist.barrier(group=self.group)
 
     def beside(self) -> "World":
-        """Open a line of their own, over the CPU, to the same processes' other threads; every process calls this."""
-        return replace(self, device=torch.device("cpu"), group=dist.new_group(backend="gloo"), moved=lambda place: None)
+        """Open a line of their own, over the CPU, to the same processes' other threads; every process calls this.
+
+        Nobody is hurried there: a slow store is no fault, and for a process that has gone the line breaks at once.
+        """
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        return replace(self, device=torch.device("cpu"), group=group, moved=lambda place: None)
 
     def close(self) -> None:
         """Hang up a line that `beside` has opened."""
