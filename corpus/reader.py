@@ -15,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from corpus.cache import ShardCache
 from corpus.errors import UserError
 from corpus.genes import GeneTable
 from corpus.manifest import Manifest, Unit
@@ -103,11 +104,22 @@ class Corpus:
 
     Cells are numbered 0..num_cells-1 in manifest order; these numbers are what samplers, splits and scans pass around.
     Instances hold no open file when pickled.
+
+    Parameters
+    ----------
+    uri
+        Of the corpus.
+    number
+        Of the manifest; the newest by default.
+    cache
+        Where copies of a remote corpus's shards are kept; a local corpus needs none.
     """
 
-    def __init__(self, uri: str | Path, number: int | None = None) -> None:
+    def __init__(self, uri: str | Path, number: int | None = None, cache: ShardCache | None = None) -> None:
         self.store = Store(uri)
         self.manifest = Manifest.read(self.store, number)
+        self._cache = None if self.store.is_local else cache
+        self._copied = self._cache.choose(self.manifest.units) if self._cache else frozenset()
         self._footers: OrderedDict[str, pq.FileMetaData] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -159,15 +171,21 @@ class Corpus:
         """int64[cells]: tokens of each cell, not truncated."""
         return self.obs(["length"])["length"].to_numpy().astype(np.int64)
 
+    def _source(self, unit: Unit) -> Any:
+        path = self.store.local_path(unit.shard)
+        if path is not None:
+            with told(f"{self.store.uri}/{unit.shard}"):
+                return pa.OSFile(str(path))
+        if self._cache is not None and unit.sha256 in self._copied:
+            return self._cache.open(self.store, unit)
+        return self.store.open(unit.shard)
+
     @contextmanager
     def _open_shard(self, unit: Unit) -> Iterator[pq.ParquetFile]:
         """Open a shard, its footer parsed once; a local one past Python's files, which hold the interpreter's lock."""
         with self._lock:
             footer = self._footers.get(unit.shard)
-        path = self.store.local_path(unit.shard)
-        with told(f"{self.store.uri}/{unit.shard}"):
-            source = self.store.open(unit.shard) if path is None else pa.OSFile(str(path))
-        with source:
+        with self._source(unit) as source:
             shard = pq.ParquetFile(source, metadata=footer)
             yield shard
         if footer is None:

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from corpus.errors import UserError
-from corpus.reader import Cells, Corpus
+from corpus.reader import Cells
 from train.model import Classifier
 from train.model_folder import ModelCard, PretrainedWeights, check_same_genes, label_numbers, load_model, save_model
 from train.packing import gene_limit
 from train.scores import confusion_counts, macro_f1
 from train.settings import FinetuneSettings
 from train.split import TEST, TRAIN, VALIDATION, group_names, split_labelled
-from train.tasks import MicroBatch, batches_of, corpus_identity, pack_or_fill
+from train.tasks import MicroBatch, batches_of, corpus_identity, open_corpus, pack_or_fill
 from train.world import World
 
 SPLIT = "split.parquet"
@@ -47,7 +47,7 @@ class FinetuneTask:
     def __init__(self, settings: FinetuneSettings, measured: Sequence[str] = (TRAIN, VALIDATION, TEST)) -> None:
         self.settings = settings
         self.measured = tuple(measured)
-        self.corpus = Corpus(settings.corpus)
+        self.corpus = open_corpus(settings.corpus, settings.workers)
         loaded = load_model(settings.model)
         self.base = loaded.card
         check_same_genes(self.base, self.corpus)

@@ -19,6 +19,7 @@ from corpus.store import Store
 from train.batches import BatchReader, EpochPlan, plan_epoch
 from train.checkpoint import Found, open_newest
 from train.engine import autocast, full_state, resolve_precision, restore, start_engine
+from train.flops import peak_flops
 from train.metrics import MetricsLog, Rates, duration, progress_line
 from train.output import finished, publish
 from train.packing import gene_limit
@@ -143,7 +144,7 @@ class _Run:
         self.log = MetricsLog(store, scratch, log, self.state.step) if world.is_first else None
         self.saver = Saver(store, world, self.hash, self.settings.keep, self.emit)
         self.sums = torch.tensor(self.state.sums, dtype=torch.float64, device=world.device)
-        self.rates = Rates()
+        self.rates = Rates(peak=peak_flops(world.device, self.precision, self.settings.keep.peak_tflops))
         self.saved_at = self.shown_at = self.asked_at = time.monotonic()
         self.saved_step = -1
         self.notice: str | None = None
@@ -301,6 +302,7 @@ class _Run:
             rank=self.world.rank,
             first_step=self.state.step_in_epoch,
             max_length=gene_limit(self.task.max_length, self.task.special_tokens),
+            threads=self.settings.workers.reader_threads,
         )
 
     def _timed(self, reader: BatchReader[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -338,6 +340,7 @@ class _Run:
                 stats += torch.cat([loss.detach().double()[None], numbers])
                 stats[2] += correct
         self.sums += self.world.sum(stats)
+        self.rates.worked(sum(batch.flops for batch in micro_batches))
 
     def _record(self, lr: float, done: float, plan: EpochPlan) -> None:
         sums = dict(zip(_SUMS, self.sums.tolist(), strict=True))

@@ -67,23 +67,31 @@ class Rates:
     ----------
     clock
         Seconds; replaced in tests.
+    peak
+        Operations per second that this process's device could do, where that is known (train/flops.py).
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, peak: float | None = None) -> None:
         self._clock = clock
+        self._peak = peak
         self._began = clock()
-        self._waited = 0.0
+        self._waited = self._flops = 0.0
 
     def waited(self, seconds: float) -> None:
         """Count time in which the data was not there yet."""
         self._waited += seconds
+
+    def worked(self, flops: float) -> None:
+        """Count operations of this process's own batches."""
+        self._flops += flops
 
     def take(self, tokens: float, cells: float) -> dict[str, float]:
         """Close the interval and begin the next one.
 
         Returns
         -------
-        `tokens_per_s`, `cells_per_s` (over all workers) and `data_wait_share` (of rank 0), 0..1.
+        `tokens_per_s`, `cells_per_s` (over all workers) and `data_wait_share` (of rank 0), 0..1; with a known peak and
+        counted operations also `mfu` (of rank 0), 0..1: operations per second over the peak.
         """
         now = self._clock()
         elapsed = max(now - self._began, 1e-9)
@@ -92,7 +100,9 @@ class Rates:
             "cells_per_s": round(cells / elapsed, 2),
             "data_wait_share": round(min(self._waited / elapsed, 1.0), 4),
         }
-        self._began, self._waited = now, 0.0
+        if self._peak is not None and self._flops:
+            rates["mfu"] = round(self._flops / elapsed / self._peak, 5)
+        self._began, self._waited, self._flops = now, 0.0, 0.0
         return rates
 
 
@@ -106,10 +116,11 @@ def progress_line(record: Mapping[str, Any], *, epochs: int, steps: int, seconds
     steps
         Steps of the whole run, as far as known.
     """
+    mfu = f"MFU {record['mfu']:.1%} | " if "mfu" in record else ""
     return (
         f"step {record['step']}/{steps} | epoch {record['epoch']:.2f}/{epochs} | loss {record['loss']:.4f} | "
         f"lr {record['lr']:.2e} | {record['tokens_per_s']:,.0f} tokens/s | {record['cells_per_s']:,.1f} cells/s | "
-        f"data wait {record['data_wait_share']:.1%} | {duration(seconds_left)} left"
+        f"{mfu}data wait {record['data_wait_share']:.1%} | {duration(seconds_left)} left"
     )
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from corpus.reader import Cells, Corpus
+from corpus.reader import Cells
+from train.flops import training_flops
 from train.masking import mask_tokens
 from train.model import MaskedLM
 from train.model_folder import ModelCard, save_model
@@ -16,7 +17,7 @@ from train.packing import gene_limit
 from train.settings import PretrainSettings
 from train.split import TRAIN, VALIDATION, hold_out
 from train.start import make_start
-from train.tasks import MicroBatch, batches_of, corpus_identity, pack_or_fill
+from train.tasks import MicroBatch, batches_of, corpus_identity, open_corpus, pack_or_fill
 from train.world import World
 
 _FREQUENCY_CELLS = 50_000
@@ -36,7 +37,7 @@ class PretrainTask:
 
     def __init__(self, settings: PretrainSettings) -> None:
         self.settings = settings
-        self.corpus = Corpus(settings.corpus)
+        self.corpus = open_corpus(settings.corpus, settings.workers)
         self.start = make_start(settings.model, self.corpus, settings.init_from)
         self.max_length, self.special_tokens = self.start.max_length, self.start.special_tokens
         usable = self.corpus.lengths > 0
@@ -85,7 +86,9 @@ class PretrainTask:
         )
         packed = pack_or_fill(masked.cells, self)
         rows = packed.rows_of(masked.entries)
-        return MicroBatch(cells.index, packed, torch.from_numpy(masked.labels), rows, len(masked.labels))
+        scored = len(masked.labels)
+        flops = training_flops(self.start.config, packed.lengths, scored) if len(cells) else 0.0
+        return MicroBatch(cells.index, packed, torch.from_numpy(masked.labels), rows, scored, flops)
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Sum over masked genes."""

@@ -70,6 +70,12 @@ class WorkerSettings(Settings):
     """CPUs that Ray reserves for each worker."""
     max_failures: int = Field(3, ge=0)
     """How often a run starts again from its newest checkpoint after a worker has died."""
+    reader_threads: int = Field(2, ge=1)
+    """Threads of each worker that read, mask and pack the coming batches."""
+    cache: Uri | None = None
+    """Folder on each machine for copies of a remote corpus's shards, each read over the network once."""
+    cache_gb: float = Field(100, gt=0)
+    """Most that the copies may take, in 10^9 bytes; shards that do not fit are read where they lie."""
     timeout_s: float = Field(1800, gt=0)
     """Seconds without a sign of a worker, or of progress, after which it is named and the attempt ends."""
 
@@ -89,6 +95,8 @@ class KeepSettings(Settings):
     """Steps between records in metrics.jsonl and TensorBoard."""
     progress_s: float = Field(5, ge=0)
     """Seconds between progress lines."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak of one worker's device in TFLOP/s, for the MFU figure; known by name for common GPUs in bf16."""
 
 
 class HeldOutSettings(Settings):

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from corpus.cache import ShardCache
 from corpus.reader import Cells, Corpus
 from corpus.schema import MASK
 from train.batches import BatchReader, plan_epoch
 from train.packing import Packed, SpecialTokens, gene_limit, pack
-from train.settings import TrainingOptions
+from train.settings import TrainingOptions, WorkerSettings
 from train.world import World
 
 
@@ -33,6 +34,8 @@ class MicroBatch:
         int64, as `labels`: rows of the packed batch that it is to be predicted at; None if it is the whole cell.
     weight
         Sum of the weights that the summed loss has to be divided by; 0 for a filler.
+    flops
+        Operations of its forward and backward pass (train/flops.py); 0 where a task does not count them.
     """
 
     index: np.ndarray
@@ -40,6 +43,7 @@ class MicroBatch:
     labels: Tensor
     rows: Tensor | None
     weight: float
+    flops: float = 0.0
 
     @property
     def num_cells(self) -> int:
@@ -153,6 +157,12 @@ def batches_of(
     for micro_batches in BatchReader(task.corpus, plan, prepare, rank=world.rank, max_length=limit):
         world.moved("an evaluation")
         yield from (batch.to(world.device) for batch in micro_batches)
+
+
+def open_corpus(uri: str, workers: WorkerSettings) -> Corpus:
+    """Open a corpus with the cache of the settings."""
+    cache = None if workers.cache is None else ShardCache(Path(workers.cache), int(workers.cache_gb * 1e9))
+    return Corpus(uri, cache=cache)
 
 
 def corpus_identity(corpus: Corpus) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from corpus.errors import UserError
 from corpus.store import Store
 from train.engine import engine_config, make_optimizer, resolve_stage
-from train.metrics import MetricsLog, Rates, duration
+from train.metrics import MetricsLog, Rates, duration, progress_line
 from train.output import claim, publish
 from train.schedule import learning_rate
 from train.settings import BatchSettings, EngineSettings, FinetuneSettings, OptimizerSettings, PretrainSettings
@@ -160,6 +160,22 @@ def test_rates_are_per_second_of_the_interval():
     rates.waited(1.0)
     assert rates.take(400, 8) == {"tokens_per_s": 100.0, "cells_per_s": 2.0, "data_wait_share": 0.25}
     assert rates.take(400, 8)["tokens_per_s"] == 200.0
+
+
+def test_mfu_is_told_where_the_peak_is_known_and_the_work_counted():
+    now = iter([0.0, 2.0, 4.0])
+    rates = Rates(lambda: next(now), peak=1e6)
+    rates.worked(300_000)
+    rates.worked(100_000)
+    record = rates.take(400, 8)
+    assert record["mfu"] == 0.2
+    shown = {"step": 1, "epoch": 0.5, "loss": 2.0, "lr": 1e-3}
+    line = progress_line(shown | record, epochs=1, steps=2, seconds_left=70)
+    told = "200 tokens/s | 4.0 cells/s | MFU 20.0% | data wait 0.0% | 1 min 10 s left"
+    assert line == f"step 1/2 | epoch 0.50/1 | loss 2.0000 | lr 1.00e-03 | {told}"
+    without = rates.take(400, 8)
+    assert "mfu" not in without
+    assert "MFU" not in progress_line(shown | without, epochs=1, steps=2, seconds_left=70)
 
 
 def test_metrics_log_continues_from_given_lines(tmp_path):
