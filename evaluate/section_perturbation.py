@@ -33,6 +33,7 @@ _NAMED = {
     "ci_low": "95 % from",
     "ci_high": "to",
     "null_mean": "matched genes",
+    "place": "place among them",
     "p_value": "p",
     "fdr": "FDR",
     "p_genes": "p among genes",

@@ -4,7 +4,8 @@ A deletion moves every embedding a little, more so for genes of high rank, so sh
 centred on zero. Each shift is therefore compared with those of the other genes of its own cell that are alike in rank
 and in detection (`add_null`). What is left, the excess, is tested over donors where there are enough of them: cells of
 one animal are no replicates. With fewer donors cells are all there is; such p-values say nothing about variation
-between animals, and the column `test` says that they were made this way.
+between animals, and the column `test` says that they were made this way. They are made of ranks: in a cell between two
+states every edit may move far, and tests of means would call whichever genes that cell happens to have.
 
 A scan may be larger than memory: `sum_block` reduces a block of whole cells to sums per gene and donor, `merge` adds
 them up, `genes_from_sums` tests. The formulas are in docs/statistics.md.
@@ -54,7 +55,7 @@ class Sums:
     ----------
     genes
         One row a gene: `n`, `n_cells`, `mean` and `m2` (squares about the mean) of the value; `n_null`, `null_mean`,
-        `null_size`, `excess` and `drawn` (variance of the excess if cells were independent), all sums over its cells.
+        `null_size`, `excess`, `place` and `place_var` (its variance without effect), all sums over its cells.
     donors
         One row a gene and donor: `n` and `value`, `n_null` and `excess`, sums over its cells.
     """
@@ -95,6 +96,7 @@ def assign_bins(frame: pl.DataFrame, detections: pl.DataFrame) -> pl.DataFrame:
 def _compare_in_bins(frame: pl.DataFrame, value: str) -> pl.DataFrame:
     """See `add_null`; the bins are there already."""
     x, size = pl.col(value).cast(pl.Float64), pl.len().over(_BIN).cast(pl.Int64) - 1
+    place = (x.rank("average").over(_BIN) - 0.5) / (size + 1)
     # Variances from sums need centred numbers: shifts of a bin differ little compared with their size.
     frame = frame.with_columns((x - x.mean().over(_BIN)).alias("_centred"), x.mean().over(_BIN).alias("_bin_mean"))
     y = pl.col("_centred")
@@ -108,6 +110,7 @@ def _compare_in_bins(frame: pl.DataFrame, value: str) -> pl.DataFrame:
         pl.when(enough).then(variance.clip(0)).alias("null_var"),
         pl.when(enough).then(size).alias("null_size"),
         pl.when(enough).then(y - mean).alias("excess"),
+        pl.when(enough).then(place).alias("place"),
     )
 
 
@@ -123,8 +126,8 @@ def add_null(frame: pl.DataFrame, value: str) -> pl.DataFrame:
 
     Returns
     -------
-    The frame with `null_mean` and `null_var` (mean and variance of the others), `null_size` (how many) and `excess`
-    (value minus `null_mean`); null where the cell has too few other genes.
+    The frame with `null_mean` and `null_var` (mean and variance of the others), `null_size` (how many), `excess` (value
+    minus `null_mean`) and `place` (rank in the bin, from 0 to 1); null where the cell has too few other genes.
     """
     frame = _compare_in_bins(assign_bins(frame, count_detections(frame)), value)
     return frame.drop(name for name in frame.columns if name.startswith("_"))
@@ -134,8 +137,8 @@ def sum_block(binned: pl.DataFrame, value: str) -> Sums:
     """Reduce a block of whole cells, with their bins, to what the tests need."""
     frame = _compare_in_bins(binned, value).with_columns(pl.col(value).cast(pl.Float64).alias("_x"))
     x = pl.col("_x")
-    # The mean of the others has an error of its own, which counts: a draw minus the mean of `null_size` other draws.
-    drawn = pl.col("null_var") * (1 + 1 / pl.col("null_size"))
+    # Of a place drawn from the k + 1 equally likely ones.
+    place_var = (1 - 1 / (pl.col("null_size") + 1) ** 2) / 12
     genes = frame.group_by(KEYS.gene).agg(
         pl.len().cast(pl.Int64).alias("n"),
         pl.col(KEYS.cell).n_unique().cast(pl.Int64).alias("n_cells"),
@@ -145,7 +148,8 @@ def sum_block(binned: pl.DataFrame, value: str) -> Sums:
         pl.col("null_mean").sum(),
         pl.col("null_size").sum().cast(pl.Int64),
         pl.col("excess").sum(),
-        drawn.sum().alias("drawn"),
+        pl.col("place").sum(),
+        place_var.sum().alias("place_var"),
     )
     donors = frame.drop_nulls(KEYS.donor).group_by(KEYS.gene, KEYS.donor)
     return Sums(
@@ -168,7 +172,7 @@ def merge(parts: Iterable[Sums]) -> Sums:
         ((pl.col("mean") * pl.col("n")).sum() / pl.col("n").sum()).over(KEYS.gene).alias("_mean")
     )
     between = pl.col("n") * (pl.col("mean") - pl.col("_mean")) ** 2
-    sums = ["n", "n_cells", "n_null", "null_mean", "null_size", "excess", "drawn"]
+    sums = ["n", "n_cells", "n_null", "null_mean", "null_size", "excess", "place", "place_var"]
     genes = genes.group_by(KEYS.gene, maintain_order=True).agg(
         pl.col("_mean").first().alias("mean"), (pl.col("m2") + between).sum().alias("m2"), pl.col(sums).sum()
     )
@@ -201,7 +205,9 @@ def genes_from_sums(sums: Sums, settings: StatsSettings) -> pl.DataFrame:
     -------
     One row a gene: `n_cells`, `n_donors`; `mean` (over donors where donors are tested, else over cells) with its
     interval `ci_low`, `ci_high`; `null_mean`, `null_size` (matched genes' values behind it) and `excess`, the mean of
-    value minus null; `p_value` of the excess (of the mean where there is no null), two-sided; `fdr` over the tested
+    value minus null; `place`, its mean rank among matched genes (0 the lowest, 1 the highest, 0.5 without effect);
+    `p_value`, two-sided: over donors of the excess, over cells of the place (a stratified rank-sum test: van Elteren,
+    Bull. Int. Stat. Inst. 37, 351-361, 1960), and of the mean where there is no null; `fdr` over the tested
     genes (Benjamini and Hochberg 1995); `p_genes`, the share of the `null_genes` = M other genes nearest in detection
     whose excess is as extreme, (1 + hits) / (M + 1) on the nearer side, doubled; `test`, which test was done.
     """
@@ -221,7 +227,7 @@ def genes_from_sums(sums: Sums, settings: StatsSettings) -> pl.DataFrame:
         pl.when(~few_cells).then(pl.col("p_value")).alias("p_value"),
     )  # fmt: skip
     genes = genes.with_columns(column("fdr", benjamini_hochberg(genes["p_value"].fill_null(np.nan).to_numpy())))
-    return _among_genes(genes, settings).drop("null_error", "value_error")
+    return _among_genes(genes, settings).drop("place_error", "value_error")
 
 
 def _cell_level(sums: Sums) -> pl.DataFrame:
@@ -239,7 +245,8 @@ def _cell_level(sums: Sums) -> pl.DataFrame:
             pl.col("null_mean") / n_null,
             pl.col("null_size"),
             pl.col("excess") / n_null,
-            (pl.col("drawn").sqrt() / n_null).alias("null_error"),
+            pl.col("place") / n_null,
+            (pl.col("place_var").sqrt() / n_null).alias("place_error"),
         )
         .sort(KEYS.gene)
     )
@@ -250,9 +257,9 @@ def _pooled(genes: pl.DataFrame, settings: StatsSettings) -> pl.DataFrame:
     n = genes["n_cells"].to_numpy()
     mean, error = genes["mean"].to_numpy(), genes["value_error"].fill_null(np.nan).to_numpy()
     half = scipy.stats.t.ppf((1 + settings.confidence) / 2, np.maximum(n - 1, 1)) * error
-    excess = genes["excess"].fill_null(np.nan).to_numpy()
+    off_middle = genes["place"].fill_null(np.nan).to_numpy() - 0.5
     with np.errstate(divide="ignore", invalid="ignore"):
-        against_null = 2 * scipy.stats.norm.sf(np.abs(excess / genes["null_error"].fill_null(np.nan).to_numpy()))
+        against_null = 2 * scipy.stats.norm.sf(np.abs(off_middle / genes["place_error"].fill_null(np.nan).to_numpy()))
         against_zero = 2 * scipy.stats.t.sf(np.abs(mean / error), np.maximum(n - 1, 1))
     p_value = np.where(has_null, against_null, against_zero)
     return genes.with_columns(column("ci_low", mean - half), column("ci_high", mean + half), column("p_value", p_value))

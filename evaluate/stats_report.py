@@ -17,12 +17,16 @@ from evaluate import plots, stats_compat
 from evaluate.enrichment import enrich, read_gene_sets
 from evaluate.shift_blocks import ShiftBlocks, gene_shift_blocks
 from evaluate.shifts import MANIFEST, ScanManifest
-from evaluate.stats import KEYS
+from evaluate.stats import KEYS, OVER_CELLS
 from evaluate.stats_aggregate import AFFECTED, aggregate_cells, aggregate_effects
 from evaluate.stats_modes import compare_scans, mixture, pair_scans, versus_null
 from evaluate.stats_pictures import comparison_pictures, goal_pictures, named_rows, volcano_of
 from evaluate.stats_settings import StatsSettings
 from evaluate.stats_tables import SIMILARITY, Measure, about_genes, genes_and_lists, genes_table, measures
+
+# What the p-value is about: over cells the place among matched genes, over donors the excess, without a null the mean.
+_PLACE = pl.when(pl.col("test") == OVER_CELLS).then(pl.col("place") - 0.5)
+_DIRECTION = pl.coalesce(_PLACE, "excess", "mean")
 
 
 @dataclass
@@ -238,7 +242,7 @@ def _summarise_states(genes: pl.DataFrame, settings: StatsSettings) -> dict[str,
             "significant": len(called),
             "below_noise": int(block["below_noise"].sum()),
             "median_absolute_mean": block["mean"].abs().median(),
-            "significant_positive": int((called["excess"].fill_null(called["mean"]) > 0).sum()),
+            "significant_positive": int(called.select(_DIRECTION > 0).to_series().sum()),
             "named": named_ranks(block, settings.named_genes),
             "top": block.head(settings.top).select("symbol", "mean", "excess", "p_value", "fdr", "p_genes").to_dicts(),
         }
@@ -256,8 +260,10 @@ def named_ranks(block: pl.DataFrame, names: list[str]) -> list[dict[str, Any]]:
             "rank_all": int((block["mean"] > row["mean"]).sum()) + 1,
             "genes": len(block),
         }
-        kept = ["mean", "ci_low", "ci_high", "null_mean", "excess", "p_value", "fdr", "p_genes", "n_cells", "n_donors",
-                "below_noise", "test"]  # fmt: skip
+        kept = [
+            "mean", "ci_low", "ci_high", "null_mean", "excess", "place", "p_value", "fdr", "p_genes", "n_cells",
+            "n_donors", "below_noise", "test",
+        ]  # fmt: skip
         rows.append({"symbol": row["symbol"], **ranks, **{name: row[name] for name in kept}})
     return rows
 

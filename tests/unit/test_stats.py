@@ -158,6 +158,44 @@ def test_null_is_other_genes_of_the_same_cell_near_in_rank():
         assert nulled["null_size"][i] == len(others) >= 19
         assert nulled["null_mean"][i] == pytest.approx(values[others].mean())
         assert nulled["null_var"][i] == pytest.approx(values[others].var(ddof=1))
+        below = (values[others] < values[i]).sum()
+        assert nulled["place"][i] == pytest.approx((below + 0.5) / (len(others) + 1))
+
+
+def test_pooled_cells_are_tested_by_the_ranks_in_their_bins():
+    """Against the normal approximation written out, and a permutation of each cell's places."""
+    frame = simulate(np.random.default_rng(12), num_cells=25)
+    nulled, rng = add_null(frame, "x"), np.random.default_rng(0)
+    result = gene_statistics(frame, "x", SETTINGS)
+    for row in result[::30].iter_rows(named=True):
+        own = nulled.filter(pl.col("ensembl_id") == row["ensembl_id"])
+        sizes = own["null_size"].to_numpy() + 1
+        assert row["place"] == pytest.approx(own["place"].mean())
+        error = np.sqrt(np.mean((sizes**2 - 1) / (12 * sizes**2)) / len(own))
+        assert row["p_value"] == pytest.approx(2 * scipy.stats.norm.sf(abs(row["place"] - 0.5) / error))
+        drawn = (rng.integers(0, sizes, (20_000, len(own))) + 0.5) / sizes
+        permuted = np.mean(np.abs(drawn.mean(axis=1) - 0.5) >= abs(row["place"] - 0.5) - 1e-12)
+        assert row["p_value"] == pytest.approx(permuted, abs=0.02)
+
+
+@pytest.mark.parametrize("donors", [1, 4])
+def test_cells_between_states_call_no_genes(donors):
+    """In two of 60 cells some edits, of any genes, move very far: whichever genes those are must not come out.
+
+    A z-test of the mean excess calls 54 genes here.
+    """
+    rng = np.random.default_rng(donors)
+    called = tested = extreme = 0
+    for _ in range(12):
+        frame = simulate(rng, donors=donors, donor_sd=0.05 * (donors > 1))
+        far = pl.Series("far", 100 * np.exp(3 * rng.normal(size=len(frame))))
+        edge = pl.when(pl.col("cell_id").is_in(["c7", "c30"])).then(far).otherwise(1.0)
+        result = gene_statistics(frame.with_columns(pl.col("x") * edge), "x", SETTINGS)
+        called += (result["fdr"] < 0.05).sum()
+        extreme += (result["p_value"] < 0.001).sum()
+        tested += len(result)
+    assert called <= 2
+    assert extreme / tested < 0.004
 
 
 def test_tested_gene_is_not_in_its_null():
