@@ -34,7 +34,7 @@ def digest_table(table: pa.Table) -> str:
     for name, column in zip(table.column_names, table.columns, strict=True):
         sha.update(f"{name}:{_type_name(column.type)}:{len(column)};".encode())
         for part in _plain_parts(column):
-            sha.update(np.ascontiguousarray(part).tobytes())
+            sha.update(np.ascontiguousarray(part).data)
     return sha.hexdigest()
 
 

@@ -35,7 +35,7 @@ def _bins(values, out):  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _count(genes, columns, bins):  # type: ignore[no-untyped-def]
     for i in range(len(columns)):
-        bins[genes[i], columns[i]] += 1
+        bins[columns[i], genes[i]] += 1
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -94,51 +94,61 @@ def _mark(cells, indptr, genes, seen):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _filled(table, rows, position, number):  # type: ignore[no-untyped-def]
+def _filled(table, rows, num_genes, position, number):  # type: ignore[no-untyped-def]
     found = 0
     for column in range(table.shape[0]):
         for place in range(table.shape[1]):
             if table[column, place]:
-                position[found], number[found] = rows[place] * NUM_BINS + column, table[column, place]
+                position[found], number[found] = column * num_genes + rows[place], table[column, place]
                 found += 1
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _middle(genes, bins, low, high, below, n):  # type: ignore[no-untyped-def]
+def _add(bins, position, number):  # type: ignore[no-untyped-def]
+    for i in range(len(position)):
+        bins[position[i]] += np.uint64(number[i])
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _middle(bins, used, low, high, below, n):  # type: ignore[no-untyped-def]
     """Per gene: bins of its two middle values (-1 without values), number of values in lower bins, and of all."""
-    for gene in genes:
-        total = np.int64(0)
-        for column in range(NUM_BINS):
-            total += np.int64(bins[gene, column])
-        n[gene] = total
-        passed = np.int64(0)
-        for column in range(NUM_BINS):
-            number = np.int64(bins[gene, column])
-            if low[gene] < 0 and passed + number > (total - 1) // 2:
-                low[gene], below[gene] = column, passed
-            passed += number
-            if passed > total // 2:
-                high[gene] = column
-                break
+    for column in range(NUM_BINS):
+        if used[column]:
+            for gene in range(bins.shape[1]):
+                n[gene] += np.int64(bins[column, gene])
+    passed = np.zeros(bins.shape[1], np.int64)
+    for column in range(NUM_BINS):
+        if used[column]:
+            for gene in range(bins.shape[1]):
+                number = np.int64(bins[column, gene])
+                if number == 0:
+                    continue
+                if low[gene] < 0 and passed[gene] + number > (n[gene] - 1) // 2:
+                    low[gene], below[gene] = column, passed[gene]
+                passed[gene] += number
+                if high[gene] < 0 and passed[gene] > n[gene] // 2:
+                    high[gene] = column
 
 
 class Histogram:
-    """Values per gene and bin.
+    """Values per bin and gene.
 
     Parameters
     ----------
     num_genes
-        Rows. The dense table takes 9.2 kB a gene of address space, and memory only where values fall.
+        Columns. The dense table takes 9.2 kB a gene of address space, and memory only where values fall.
     """
 
     def __init__(self, num_genes: int) -> None:
-        self.bins = np.zeros((num_genes, NUM_BINS), dtype=np.uint64)
-        self._seen = np.zeros(num_genes, bool)  # rows never written are never read, so they take no memory
+        # Bins first, so that what a worker sends is added from front to back.
+        self.bins = np.zeros((NUM_BINS, num_genes), dtype=np.uint64)
+        self._used = np.zeros(NUM_BINS, bool)  # bins never written are never read, so they take no memory
 
     def add(self, genes: np.ndarray, values: np.ndarray) -> None:
         """Count values: `genes` unsigned[n] row numbers, `values` float64[n], positive."""
-        _count(genes, _columns(values), self.bins)
-        self._seen[genes] = True
+        columns = _columns(values)
+        _count(genes, columns, self.bins)
+        self._used[columns] = True
 
     def to_sparse(self) -> tuple[np.ndarray, np.ndarray]:
         """Filled bins as (flat position int64[n], number uint64[n])."""
@@ -147,24 +157,26 @@ class Histogram:
         return filled, flat[filled]
 
     def add_sparse(self, position: np.ndarray, number: np.ndarray) -> None:
-        """Merge what another worker sent; positions are unique within one message."""
-        self.bins.reshape(-1)[position] += number
-        self._seen[position // NUM_BINS] = True
+        """Merge what another worker sent; fastest with positions in ascending order."""
+        _add(self.bins.reshape(-1), position, number)
+        self._used[position // self.bins.shape[1]] = True
 
-    def _middles(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        low, high = (np.full(len(self.bins), -1) for _ in range(2))
-        below, n = (np.zeros(len(self.bins), np.int64) for _ in range(2))
-        _middle(np.flatnonzero(self._seen), self.bins, low, high, below, n)
+    def middles(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of each gene: bins of its two middle values (-1 without values), number of values below them, and of all."""
+        genes = self.bins.shape[1]
+        low, high = (np.full(genes, -1) for _ in range(2))
+        below, n = (np.zeros(genes, np.int64) for _ in range(2))
+        _middle(self.bins, self._used, low, high, below, n)
         return low, high, below, n
 
     @property
     def n_cells(self) -> np.ndarray:
         """uint64[genes]: cells in which the gene has a count."""
-        return self._middles()[3].astype(np.uint64)
+        return self.middles()[3].astype(np.uint64)
 
     def median_bins(self) -> tuple[np.ndarray, np.ndarray]:
         """Bins of the two middle values of each gene (equal where the number is odd); -1 for a gene without values."""
-        low, high, _, _ = self._middles()
+        low, high, _, _ = self.middles()
         return low, high
 
 
@@ -198,7 +210,7 @@ def count_cells(
     Returns
     -------
     position, number
-        For `Histogram.add_sparse`: int64 and uint32, positions unique.
+        For `Histogram.add_sparse`: int64, unique and ascending, and uint32.
     """
     seen = np.zeros(len(wanted), bool)
     _mark(cells, indptr, genes, seen)
@@ -209,9 +221,9 @@ def count_cells(
     # Cells of like totals fall into the same bins: in this order the rows in use stay in the cache.
     cells = cells[np.argsort(totals[cells], kind="stable")]
     _count_cells(cells, indptr, genes, counts, totals, row_of, table)
-    filled = np.count_nonzero(table)
+    filled = int(np.count_nonzero(table))
     position, number = np.empty(filled, np.int64), np.empty(filled, np.uint32)
-    _filled(table, rows, position, number)
+    _filled(table, rows, len(wanted), position, number)
     return position, number
 
 
@@ -263,9 +275,9 @@ def exact_medians(histogram: Histogram, genes: np.ndarray, values: np.ndarray) -
     ValueError
         If the survivors are not those of this histogram (a unit is missing or counted twice).
     """
-    low, high, below, n = histogram._middles()
+    low, high, below, n = histogram.middles()
     rows = np.arange(len(n))
-    expected = histogram.bins[rows, low] + np.where(high != low, histogram.bins[rows, high], 0)
+    expected = histogram.bins[low, rows] + np.where(high != low, histogram.bins[high, rows], 0)
     found = np.bincount(genes, minlength=len(n))
     if not np.array_equal(found, np.where(n > 0, expected, 0)):
         raise ValueError("the values of the second pass do not add up to the histogram of the first")

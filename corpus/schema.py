@@ -27,6 +27,10 @@ OBS_COLUMNS = (
 
 ROW_GROUP_CELLS = 1024
 
+# Elements are declared never to be null: readers need not look for nulls, which makes lists a third faster to read.
+TOKENS_TYPE = pa.list_(pa.field("element", pa.uint16(), nullable=False))
+COUNTS_TYPE = pa.list_(pa.field("element", pa.uint32(), nullable=False))
+
 
 def obs_names(extra_obs: Sequence[str] = ()) -> list[str]:
     """Label columns of a shard: the CELLxGENE ones and then the configured ones, each once."""
@@ -55,7 +59,7 @@ def shard_schema(extra_obs: Sequence[str] = ()) -> pa.Schema:
             pa.field("n_genes", pa.uint32(), nullable=False),
             pa.field("mito_fraction", pa.float32(), nullable=False),
             pa.field("length", pa.uint32(), nullable=False),
-            pa.field("tokens", pa.list_(pa.uint16()), nullable=False),
-            pa.field("counts", pa.list_(pa.uint32()), nullable=False),
+            pa.field("tokens", TOKENS_TYPE, nullable=False),
+            pa.field("counts", COUNTS_TYPE, nullable=False),
         ]
     )

@@ -92,10 +92,10 @@ def require_counts(values: np.ndarray, describe: DescribeEntry, layer: str) -> N
     UserError
         On a NaN, infinite, negative or fractional value.
     """
-    if values.dtype.kind == "u" or values.size == 0:
+    if values.size == 0:
         return
-    if values.dtype.kind == "i":
-        bad, what = values < 0, "negative"
+    if values.dtype.kind in "iu":
+        bad, what = (values < 0) | (values > np.iinfo(np.uint32).max), "not a count (0 to 2^32 - 1)"
     else:
         whole = (values >= 0) & (values == np.floor(values)) & (values <= np.iinfo(np.uint32).max)
         bad, what = ~whole, "not a count (a whole number from 0 to 2^32 - 1)"

@@ -1,7 +1,7 @@
 """From the gene names of a source to rows of the species' gene table."""
 
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from corpus.errors import UserError
+from corpus.hashing import digest_json
 from ingest.formats import GENE_EXPRESSION, OTHER_SPECIES, Features
 
 # Old annotations write the copy on the Y chromosome of a pseudoautosomal gene as ENSGR and ten digits.
@@ -22,6 +23,7 @@ _ASSEMBLIES = {
 }
 _PREFIX = re.compile(rf"^({'|'.join(name for names in _ASSEMBLIES.values() for name in names)})_+(?=.)")
 _EXAMPLES = 20
+_MAPS_KEPT = 4
 
 
 def ensembl_share(names: Sequence[str]) -> float:
@@ -112,6 +114,7 @@ class GeneMapper:
             pairs = [(alias, self._row_of_id.get(gene.upper(), -1)) for alias, gene in named]
             self.unknown_aliases = sum(row < 0 for _, row in pairs)
             self._by_alias = _unambiguous(((alias, row) for alias, row in pairs if row >= 0), ranks)
+        self._maps: OrderedDict[str, GeneMap] = OrderedDict()
         self._by_lower: dict[str, int] = {}
         if case_insensitive:
             lowered = (symbol.lower() for symbol in genes["symbol"])
@@ -120,7 +123,16 @@ class GeneMapper:
             self._by_lower = _unambiguous(aliases_lowered, ranks) | self._by_lower
 
     def map(self, features: Features) -> GeneMap:
-        """Map every feature of a source."""
+        """Map every feature of a source; the last few results are kept, for the other units of the source."""
+        key = digest_json([features.names, features.kinds])
+        if key not in self._maps:
+            self._maps[key] = self._map(features)
+            while len(self._maps) > _MAPS_KEPT:
+                self._maps.popitem(last=False)
+        self._maps.move_to_end(key)
+        return self._maps[key]
+
+    def _map(self, features: Features) -> GeneMap:
         rows = np.full(len(features.names), -1, dtype=np.int32)
         steps: Counter[str] = Counter()
         unmapped: list[str] = []
@@ -150,23 +162,25 @@ class GeneMapper:
         if kind != GENE_EXPRESSION:
             return -2, "not_gene_expression"
         name = name.strip()
-        prefix = _PREFIX.match(name)
+        prefix = _PREFIX.match(name) if "_" in name else None
         if prefix:
             if prefix[1] in self._own_assemblies:
                 name = name[prefix.end() :]
             elif self._own_assemblies:
                 return -2, "other_species"
             # A species of the user's own: nobody knows whose prefix it is, and the name stays unmapped.
-        if _SPIKE_IN.match(name):
+        if name.startswith("ERCC-") and _SPIKE_IN.match(name):
             return -2, "spike_in"
-        row = self._by_id(name)
+        row = self._row_of_id.get(name.upper(), -1)  # before any pattern is tried: a source has 30,000 names
+        row = self._by_id(name) if row < 0 else row
         if row >= 0:
             return row, "ensembl_id"
-        row = self._by_part(name)
-        if row >= 0:
-            return row, "compound"
-        match = _ENSEMBL.match(name)
-        name = match[1].upper() if match else name  # a retired id may be an alias
+        if "ENS" in name.upper():
+            row = self._by_part(name)
+            if row >= 0:
+                return row, "compound"
+            match = _ENSEMBL.match(name)
+            name = match[1].upper() if match else name  # a retired id may be an alias
         ambiguous = False
         last = [("alias", self._by_alias, name), ("any_case", self._by_lower, name.lower())]
         for step, table, key in [("symbol", self._by_symbol, name), *(reversed(last) if other_case else last)]:
@@ -177,14 +191,12 @@ class GeneMapper:
         return -1, "ambiguous" if ambiguous else "unmapped"
 
     def _by_id(self, name: str) -> int:
-        match = _ENSEMBL.match(name)
+        match = _ENSEMBL.match(name) if name[:3].upper() == "ENS" else None
         # Other species' ids (and users' own) may have another form: they count as they stand.
         return self._row_of_id.get((match[1] if match else name).upper(), -1)
 
     def _by_part(self, name: str) -> int:
         """Row of the only gene whose id is part of the name, or else whose symbol is; -1 if there is not just one."""
-        if "ENS" not in name.upper():
-            return -1
         parts = [part for part in _PARTS.split(name) if part]
         ids = [part for part in parts if _ENSEMBL.match(part)]
         if not ids or len(parts) == 1:

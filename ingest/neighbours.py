@@ -17,7 +17,7 @@ from ingest.duplicates import cell_keys
 from ingest.plan import WorkUnit
 from ingest.quality import Selection
 from ingest.settings import Doublets
-from ingest.stages import MEASURES, entries, read_cells
+from ingest.stages import KEYS, MEASURES, kept_blocks, kept_rows, read_cells
 
 
 def search_doublets(
@@ -73,8 +73,13 @@ def _samples(unit: WorkUnit, selection: Selection, store: Store, batch: str | No
 
 
 def _counts(unit: WorkUnit, store: Store, rows: np.ndarray, num_genes: int) -> sp.csr_matrix:
-    cells = read_cells(unit, store, ["genes", "counts"]).take(rows)
-    indptr, genes, counts = entries(cells)
+    every = np.arange(num_genes, dtype=np.int32)
+    found = [
+        select(inside, block.indptr, block.genes, block.counts, every, np.uint32)
+        for block, inside in kept_blocks(unit, rows, store)
+    ]
+    lengths, genes, counts = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
     return sp.csr_matrix((counts.astype(np.float32), genes.astype(np.int32), indptr), shape=(len(rows), num_genes))
 
 
@@ -96,12 +101,19 @@ def unit_keys(
     -------
     rows int64[n], ascending, and uint64[n, 2].
     """
-    cells = read_cells(unit, store, [*MEASURES, "genes", "counts"])
-    rows = np.flatnonzero(selection.reasons(pl.DataFrame(cells.select(MEASURES))).is_null().to_numpy())
+    if wanted.all():  # then the sums that were taken when the unit was read are those
+        cells = pl.DataFrame(read_cells(unit, store, [*MEASURES, *KEYS]))
+        kept = selection.reasons(cells).is_null() & (cells["n_genes"] >= min_genes)
+        return np.flatnonzero(kept.to_numpy()), cells.filter(kept).select(KEYS).to_numpy()
+    rows = kept_rows(unit, selection, store)
     row_of = np.where(wanted, np.arange(len(wanted)), -1).astype(np.int32)
-    lengths, genes, counts = select(rows, *entries(cells), row_of, np.uint32)
-    enough = lengths >= min_genes
-    return rows[enough], cell_keys(np.concatenate([[0], np.cumsum(lengths)]), genes, counts, keys)[enough]
+    lengths, found = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.uint64)]
+    for block, inside in kept_blocks(unit, rows, store):
+        own, genes, counts = select(inside, block.indptr, block.genes, block.counts, row_of, np.uint32)
+        lengths.append(own)
+        found.append(cell_keys(np.concatenate([[0], np.cumsum(own)]), genes, counts, keys))
+    enough = np.concatenate(lengths) >= min_genes
+    return rows[enough], np.concatenate(found)[enough]
 
 
 def shard_keys(unit: Unit, store: Store, keys_by_token: np.ndarray, min_genes: int) -> np.ndarray:
@@ -109,5 +121,8 @@ def shard_keys(unit: Unit, store: Store, keys_by_token: np.ndarray, min_genes: i
     with store.open(unit.shard) as stream:
         table = pq.read_table(stream, columns=["length", "tokens", "counts"])
     table = table.filter(pc.greater_equal(table["length"], min_genes)).combine_chunks()
-    indptr, tokens, counts = entries(table, "tokens")
-    return cell_keys(indptr, tokens, counts, keys_by_token)
+    if table.num_rows == 0:
+        return np.zeros((0, 2), np.uint64)
+    tokens, counts = (table[name].combine_chunks() for name in ("tokens", "counts"))
+    indptr = np.concatenate([[0], np.cumsum(tokens.value_lengths().to_numpy().astype(np.int64))])
+    return cell_keys(indptr, tokens.flatten().to_numpy(), counts.flatten().to_numpy(), keys_by_token)

@@ -13,6 +13,7 @@ from corpus.errors import UserError
 from ingest.formats import Features
 from ingest.readers.blocks import estimated_entries, sparse_rows
 from ingest.readers.files import SourceFiles, source_errors
+from ingest.readers.h5_chunks import LastChunks
 from ingest.readers.hdf5 import open_hdf5, read_compressed, read_text
 from ingest.readers.labels import as_labels
 from ingest.readers.names import choose_features
@@ -37,6 +38,7 @@ class H5ad:
 
     def __init__(self, files: SourceFiles, source: Source, fingerprint: str | None = None) -> None:
         self._source, self._fingerprint = source, fingerprint
+        self._last: LastChunks = {}
         self._stream: BinaryIO = files.store.open(files.names[0])
         with self._errors():
             self._file = open_hdf5(self._stream, source.uri)
@@ -112,7 +114,7 @@ class H5ad:
         width = len(self.features.names)
         with source_errors(self._source.uri, f"a readable h5ad file ({self.layer}, rows {start} to {stop})"):
             if self._encoding == "csr":
-                return read_compressed(self._node, self._stream, start, stop, width)
+                return read_compressed(self._node, self._stream, start, stop, width, self._last)
             if self._encoding == "csc":
                 return staged((self._fingerprint, self.layer), self._turn).rows(start, stop)
             return sparse_rows(lambda a, b: self._node[a:b], start, stop, width, self._node.dtype.itemsize)
@@ -126,7 +128,7 @@ class H5ad:
         while start < width:
             stop = int(np.searchsorted(pointers, pointers[start] + _COLUMNS_ENTRIES, side="right")) - 1
             stop = max(min(stop, width), start + 1)
-            block = read_compressed(self._node, self._stream, start, stop, self.num_cells)
+            block = read_compressed(self._node, self._stream, start, stop, self.num_cells, self._last)
             columns = np.repeat(np.arange(start, stop), np.diff(block.indptr))
             turned.add(block.indices, columns, block.data)
             start = stop

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import scipy.sparse as sp
 
-from ingest.readers.h5_chunks import read_range
+from ingest.readers.h5_chunks import LastChunks, read_range
 from ingest.readers.h5_safety import check_tree
 
 
@@ -29,8 +29,15 @@ def read_text(dataset: h5py.Dataset, start: int = 0, stop: int | None = None) ->
     return [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values]
 
 
-def read_compressed(group: h5py.Group, stream: BinaryIO, start: int, stop: int, num_columns: int) -> sp.csr_matrix:
+def read_compressed(
+    group: h5py.Group, stream: BinaryIO, start: int, stop: int, num_columns: int, last: LastChunks | None = None
+) -> sp.csr_matrix:
     """Major rows `start:stop` of a compressed matrix (`data`, `indices`, `indptr`), touching nothing else of the file.
+
+    Parameters
+    ----------
+    last
+        As for `ingest.readers.h5_chunks.read_range`.
 
     Raises
     ------
@@ -42,9 +49,9 @@ def read_compressed(group: h5py.Group, stream: BinaryIO, start: int, stop: int, 
     inside = len(pointers) == stop - start + 1 and pointers[0] >= 0
     if not inside or pointers[-1] > min(len(data), len(indices)) or (np.diff(pointers) < 0).any():
         raise ValueError(f"{group.name}: broken index pointers")
-    first, last = int(pointers[0]), int(pointers[-1])
-    columns = read_range(indices, stream, first, last)
+    first, end = int(pointers[0]), int(pointers[-1])
+    columns = read_range(indices, stream, first, end, last)
     if len(columns) and (columns.min() < 0 or columns.max() >= num_columns):
         raise ValueError(f"{group.name}: an entry lies outside the {num_columns} columns")
-    parts = (read_range(data, stream, first, last), columns, pointers - first)
+    parts = (read_range(data, stream, first, end, last), columns, pointers - first)
     return sp.csr_matrix(parts, shape=(stop - start, num_columns))

@@ -1,10 +1,11 @@
 """Names of features: which column holds the ids, and whose genome a prefix means."""
 
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 
 from corpus.errors import UserError
+from corpus.hashing import digest_json
 from ingest.formats import GENE_EXPRESSION, OTHER_SPECIES, Features
 from ingest.mapping import ensembl_share
 from ingest.settings import Source
@@ -34,6 +35,9 @@ _ENSEMBL_SPECIES = {"mouse": "ENSMUSG", "human": "ENSG"}
 _ENSEMBL = re.compile(r"(?:.*[_\-|])?(ENS[A-Z]*G)\d{11}(?:\.\d+)?\Z", re.IGNORECASE)
 _UNRESOLVED_SHARE = 0.2
 _UNRESOLVED_SHARE_BESIDE_KNOWN = 0.01
+# A source is opened once for each of its units, and its 30,000 names stay the same.
+_chosen: OrderedDict[str, Features] = OrderedDict()
+_CHOSEN_KEPT = 4
 
 
 def species_of_assembly(name: str, source: Source) -> str | None:
@@ -72,6 +76,19 @@ def choose_features(
     UserError
         If `gene_column` is not there, or a prefix or genome is of no known species.
     """
+    rules = [source.gene_column, source.species, source.genomes]
+    key = digest_json([{name: list(names) for name, names in columns.items()}, kinds, genomes, rules])
+    if key not in _chosen:
+        _chosen[key] = _choose(columns, source, kinds, genomes)
+        while len(_chosen) > _CHOSEN_KEPT:
+            _chosen.popitem(last=False)
+    _chosen.move_to_end(key)
+    return _chosen[key]
+
+
+def _choose(
+    columns: Mapping[str, Sequence[str]], source: Source, kinds: Sequence[str] | None, genomes: Sequence[str] | None
+) -> Features:
     if source.gene_column is not None:
         if source.gene_column not in columns:
             there = ", ".join(name for name in columns if name) or "none"

@@ -9,6 +9,7 @@ import scipy.sparse as sp
 from corpus.errors import UserError
 from ingest.formats import GENE_EXPRESSION, OTHER_SPECIES, Features
 from ingest.readers.files import SourceFiles, source_errors
+from ingest.readers.h5_chunks import LastChunks
 from ingest.readers.hdf5 import open_hdf5, read_compressed, read_text
 from ingest.readers.names import choose_features, species_of_assembly
 from ingest.settings import Source
@@ -28,6 +29,7 @@ class TenxH5:
 
     def __init__(self, files: SourceFiles, source: Source, fingerprint: str | None = None) -> None:
         self._source = source
+        self._last: LastChunks = {}
         self._stream: BinaryIO = files.store.open(files.names[0])
         with self._errors():
             self._file = open_hdf5(self._stream, source.uri)
@@ -111,7 +113,7 @@ class TenxH5:
     def rows(self, start: int, stop: int) -> sp.csr_matrix:
         """Counts of the cells `start:stop`, as stored (not checked)."""
         with source_errors(self._source.uri, f"a readable 10x h5 file ({self.layer}, cells {start} to {stop})"):
-            block = read_compressed(self._group, self._stream, start, stop, self._width)
+            block = read_compressed(self._group, self._stream, start, stop, self._width, self._last)
         block.resize((stop - start, len(self.features.names)))
         return block
 

@@ -67,8 +67,14 @@ def test_damaged_chunks_are_refused(tmp_path: Path) -> None:
 
     whole = zlib.compress(np.random.default_rng(0).integers(0, 99, 100, dtype=np.int32).tobytes())
     assert read(whole).max() < 99
-    with pytest.raises(ValueError, match="bytes, expected 400"):
+    with pytest.raises(ValueError, match="ends early"):
         read(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="ends early"):
+        read(whole[:-1])
+    with pytest.raises(ValueError, match="checksum"):
+        read(whole[:-4] + bytes(4))
+    with pytest.raises(ValueError, match="401 bytes, expected 400"):
+        read(zlib.compress(b"\0" * 401))
     with pytest.raises(ValueError, match="bytes, expected 400"):
         read(zlib.compress(b"\0" * 399))
     with pytest.raises(ValueError, match="inflate"):

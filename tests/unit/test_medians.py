@@ -59,7 +59,7 @@ def test_only_a_small_share_survives_the_first_pass() -> None:
     kept, _ = survivors(genes, values, *histogram.median_bins())
     assert len(kept) < 0.03 * len(genes)
     assert histogram.n_cells.tolist() == np.bincount(genes, minlength=NUM_GENES).tolist()
-    assert histogram.bins.shape == (NUM_GENES, NUM_BINS)
+    assert histogram.bins.shape == (NUM_BINS, NUM_GENES)
 
 
 def test_a_missing_or_doubled_unit_is_noticed() -> None:
