@@ -4,11 +4,13 @@ A package's `__main__.py` names its verbs: `main("ingest", {"run": Run, ...})`. 
 model whose fields are the settings and whose `run` does the work.
 """
 
+import os
+import select
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TextIO
 
 from pydantic import AfterValidator, BaseModel, ValidationError
 from pydantic_settings import (
@@ -89,6 +91,7 @@ def main(package: str, verbs: Mapping[str, type[Command]], arguments: Sequence[s
         if verb not in verbs:
             raise UserError(f"unknown verb {verb!r}; {package} has {', '.join(verbs)}")
         parse(package, verb, verbs[verb], rest).run()
+        sys.stdout.flush()
     except (UserError, RunError) as error:
         if debug:
             traceback.print_exc()
@@ -98,6 +101,10 @@ def main(package: str, verbs: Mapping[str, type[Command]], arguments: Sequence[s
         print(f"{package} {verb}: interrupted; run the same command again to go on", file=sys.stderr)
         return 1
     except Exception as error:  # noqa: BLE001 - the outermost handler: anything else is our fault, told in one line
+        if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
+            # `... | head`: nobody to tell. Python would complain once more when it flushes at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         if debug:
             traceback.print_exc()
         text = str(error).strip().splitlines()
@@ -107,6 +114,13 @@ def main(package: str, verbs: Mapping[str, type[Command]], arguments: Sequence[s
         )
         return 1
     return 0
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Tell whether a stream is a pipe whose other end is closed."""
+    watch = select.poll()
+    watch.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
 def parse(package: str, verb: str, command: type[Command], arguments: list[str]) -> Command:

@@ -20,6 +20,7 @@ from fsspec.core import url_to_fs
 
 from corpus.errors import RunError, UserError
 from corpus.hashing import digest_stream
+from corpus.remote_file import RemoteFile
 from corpus.store_errors import error_codes, is_passing, is_taken, told
 
 # Objects of two parts and more are sent in parts; S3 takes no part but the last below 5 MiB.
@@ -107,7 +108,8 @@ class Store:
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading, with seek."""
         with told(f"{self.uri}/{path}"):
-            return cast("BinaryIO", self._fs_root[0].open(self._full(path), "rb"))
+            stream = cast("BinaryIO", self._fs_root[0].open(self._full(path), "rb"))
+        return stream if self.is_local else cast("BinaryIO", RemoteFile(stream, f"{self.uri}/{path}"))
 
     def read_bytes(self, path: str) -> bytes:
         """Read a whole file."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import ingest.tasks  # noqa: F401 - imported before memory is limited, and before the first task is timed
 from corpus.errors import RunError, UserError
+from corpus.remote_file import forget_failures, noted_failure
 from ingest.limits import GB, Limits, activate
 
 # Address space that allocators and threads reserve without using it.
@@ -21,7 +22,14 @@ _RESERVED_BYTES = 2 << 30
 
 
 def answer(name: str, function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Do one task; every outcome is an answer."""
+    """Do one task; every outcome is an answer. A source is not broken where the storage failed to give it."""
+    forget_failures()
+    found = _answer(name, function, arguments)
+    failure = noted_failure()
+    return {"run_error": failure} if "user_error" in found and failure is not None else found
+
+
+def _answer(name: str, function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> dict[str, Any]:
     try:
         return {"done": function(*arguments)}
     except UserError as error:

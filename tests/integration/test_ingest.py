@@ -5,6 +5,8 @@ from pathlib import Path
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import ray
+import ray.data
 
 from corpus.errors import UserError
 from corpus.genes import GeneTable
@@ -118,6 +120,22 @@ def test_the_size_of_units_changes_no_cell(done: tuple[Path, Report], toys: list
     assert len(Manifest.read(Store(out)).units) > 2 * len(toys)
     assert cells_of(tmp_path / "whole").equals(cells_of(out))
     assert whole.datasets == report.datasets
+
+
+def test_one_worker_gives_the_shards_of_four(done: tuple[Path, Report], toys: list[Toy], tmp_path: Path) -> None:
+    """R4: the corpus of the fixture was made by as many workers as the cluster has CPUs, in whatever order."""
+    out, report = done
+    options = ray.data.DataContext.get_current().execution_options
+    limits = options.resource_limits
+    assert ray.cluster_resources()["CPU"] == 4
+    options.resource_limits = ray.data.ExecutionResources(cpu=1)
+    try:
+        alone = run(toy_settings(toys, entries_per_unit=1_500), str(tmp_path / "alone"))
+    finally:
+        options.resource_limits = limits
+    assert files_of(tmp_path / "alone") == files_of(out)
+    assert Manifest.read(Store(tmp_path / "alone")) == Manifest.read(Store(out))
+    assert alone == report
 
 
 def test_moved_sources_give_the_same_shards(done: tuple[Path, Report], toys: list[Toy], tmp_path: Path) -> None:

@@ -70,6 +70,20 @@ def test_keys_closer_than_float32_are_told_apart() -> None:
     assert tokens.tolist() == [5, 4]
 
 
+@pytest.mark.parametrize("size", [33, 3_000])
+def test_thousands_of_keys_nearly_equal_are_ordered_exactly(size: int) -> None:
+    """Bits that the radix passes drop decide everything: the merge sort behind them, and ties that it must keep."""
+    rng = np.random.default_rng(size)
+    medians = np.full(size + 4, np.nan)
+    medians[4:] = 1.0 + rng.permutation(size) // 2 * 1e-9  # every key occurs twice
+    tokens, counts = np.arange(4, size + 4, dtype=np.uint16), np.full(size, 7, np.uint32)
+    ranked, _ = rank_cells(np.array([0, size]), tokens, counts, medians)
+    assert ranked.tolist() == tokens[np.lexsort((tokens, -(counts / medians[4:])))].tolist()
+    # One such cell must not disturb its neighbours.
+    twice, _ = rank_cells(np.array([0, size, 2 * size]), np.tile(tokens, 2), np.tile(counts, 2), medians)
+    assert twice.tolist() == ranked.tolist() * 2
+
+
 def test_scaling_to_ten_thousand_gives_the_same_order() -> None:
     """The formula as published divides by the cell's total; in exact arithmetic that is the same order."""
     rng = np.random.default_rng(3)

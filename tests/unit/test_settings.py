@@ -1,5 +1,7 @@
 """The command line: precedence, one-line errors, exit status."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -104,6 +106,28 @@ def test_failures_have_a_status_and_a_line(fail: str, status: int, capsys: pytes
     assert error.startswith("toy act: ")
     assert call("act", "C", "--fail", fail, "--debug") == status
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_failure_to_talk_about(repository: Path) -> None:
+    """As in `python -m ingest verify CORPUS | head -1`."""
+    program = (
+        "import sys\n"
+        "from corpus.settings import Command, main\n"
+        "class Talk(Command):\n"
+        "    def run(self):\n"
+        "        for number in range(100_000):\n"
+        "            print(number)\n"
+        "sys.exit(main('toy', {'talk': Talk}))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "talk"], cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
 
 
 def test_help_names_verbs_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
