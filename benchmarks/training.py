@@ -236,7 +236,7 @@ def ladder(options: argparse.Namespace, cells: Cells, config: BertConfig) -> Ite
     yield Rung("no_attention_dropout", ours(0.0), own_model, packs, bf16)
     yield Rung("unfused_adamw", ours(0.0), own_model, packs, bf16, fused=False)
     if importlib.util.find_spec("deepspeed"):
-        yield EngineRung("deepspeed_zero_1", ours(0.0), packs, bf16)
+        yield EngineRung("deepspeed", ours(0.0), packs, bf16)
 
 
 def main() -> None:
