@@ -93,7 +93,7 @@ def agreement_scatter(
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("mean shift in this scan")
         axes.set_ylabel("mean shift in the other")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, -0.32), ncols=2)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         return figure
 
 

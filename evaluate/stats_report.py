@@ -20,6 +20,7 @@ from evaluate.shifts import MANIFEST, ScanManifest
 from evaluate.stats import KEYS, OVER_CELLS
 from evaluate.stats_aggregate import AFFECTED, aggregate_cells, aggregate_effects
 from evaluate.stats_modes import compare_scans, mixture, pair_scans, versus_null
+from evaluate.stats_pairs import interactions
 from evaluate.stats_pictures import comparison_pictures, goal_pictures, named_rows, volcano_of
 from evaluate.stats_settings import StatsSettings
 from evaluate.stats_tables import SIMILARITY, Measure, about_genes, genes_and_lists, genes_table, measures
@@ -103,6 +104,8 @@ def _goal_state_shift(scan: ShiftBlocks, settings: StatsSettings) -> Results:
     if null_lists is not None:
         results.tables["null_lists"] = null_lists
     results.pictures = goal_pictures(scan, genes, settings)
+    if (pairs := _interactions(scan, settings)) is not None:
+        results.tables["interactions"] = pairs
     if settings.compare is not None:
         _compare(results, ShiftBlocks(settings.compare), settings)
     if settings.gene_sets is not None:
@@ -116,6 +119,24 @@ def _goal_state_shift(scan: ShiftBlocks, settings: StatsSettings) -> Results:
             lambda: scan.blocks(columns), about_genes(scan), columns[0], alternate, settings
         )
     return results
+
+
+def _interactions(scan: ShiftBlocks, settings: StatsSettings) -> pl.DataFrame | None:
+    """Every pair of a scan over pairs, towards every state and in similarity; None for other scans."""
+    change = scan.manifest.settings.get("perturbation")
+    if not isinstance(change, dict) or change.get("combine") not in ("pairs", "anchor"):
+        return None
+    asked = {measure.column: measure for measure in [*measures(scan.manifest), Measure(SIMILARITY, SIMILARITY)]}
+    symbols = about_genes(scan).select(KEYS.gene, "symbol")
+    parts = []
+    for column, measure in asked.items():
+        table = interactions(scan.blocks([column]), column, 1.0 if column == SIMILARITY else 0.0, settings)
+        table = table.join(symbols, on=KEYS.gene, how="left", validate="1:1", maintain_order="left")
+        below_noise = (pl.col("interaction").abs() <= measure.noise).alias("below_noise")
+        parts.append(
+            table.select(pl.lit(measure.name).alias("measure"), "symbol", pl.all().exclude("symbol"), below_noise)
+        )
+    return pl.concat(parts)
 
 
 def _compare(results: Results, other: ShiftBlocks, settings: StatsSettings) -> None:

@@ -48,6 +48,7 @@ def write_scan(
     effects=None,
     model="model",
     null_lists=0,
+    combine=None,
 ):
     """A finished scan of given rows, cut into units wherever it falls, also within a cell."""
     store, states = Store(folder), list(states)
@@ -75,7 +76,7 @@ def write_scan(
         settings={
             "perturbation": {
                 "genes": genes,
-                "combine": "joint" if joint else "one_by_one",
+                "combine": combine or ("joint" if joint else "one_by_one"),
                 "null_lists": null_lists,
             }
         },
@@ -380,6 +381,54 @@ def test_too_few_random_lists_make_no_test(tmp_path):
     genes = genes_table(ShiftBlocks(uri), SETTINGS)
     assert set(genes["test"]) == {TOO_FEW_LISTS}
     assert genes["p_value"].null_count() == 3
+
+
+@pytest.mark.parametrize("donors", [1, 4])
+def test_pairs_are_tested_for_more_than_the_sum_of_their_genes(tmp_path, donors):
+    """Genes a, b, c, d and their pairs; a+b does more than a and b; not every cell has d."""
+    rng = np.random.default_rng(donors)
+    rows = []
+    for cell in range(60):
+        genes = "abcd" if cell % 2 else "abc"
+        alone = {gene: 0.01 * (1 + rng.normal()) for gene in genes}
+        sets = [*([gene] for gene in genes), *([x, y] for x in genes for y in genes if x < y)]
+        for each in sets:
+            value = sum(alone[gene] for gene in each) + 0.002 * rng.normal() + 0.02 * (each == ["a", "b"])
+            rows.append((f"c{cell}", f"d{cell % donors}", each, value, 1 - 0.1 * len(each)))
+    cells, owners, sets, values, similarity = zip(*rows, strict=True)
+    frame = pl.DataFrame(
+        {
+            "cell_id": cells,
+            "donor_id": owners,
+            "perturbation": "delete",
+            "ensembl_id": sets,
+            "symbol": [[gene.upper() for gene in each] for each in sets],
+            "rank": pl.Series([list(range(len(each))) for each in sets], dtype=pl.List(pl.Int32)),
+            "similarity": similarity,
+            **{f"shift_{state}": pl.Series(values, dtype=pl.Float32) for state in STATES},
+            "no_op": False,
+        }
+    )
+    uri = write_scan(tmp_path / "scan", frame, joint=True, genes=list("abcd"), combine="pairs")
+    write_stats(uri, str(tmp_path / "out"), SETTINGS)
+    table = pl.read_csv(tmp_path / "out" / "interactions.csv")
+    assert table["measure"].unique(maintain_order=True).to_list() == ["beta", "alpha", "delta", "similarity"]
+    goal = table.filter(pl.col("measure") == "beta")
+    assert goal["symbol"].to_list() == ["A+B", "A+C", "A+D", "B+C", "B+D", "C+D"]
+    assert goal["n_cells"].to_list() == [60, 60, 30, 60, 30, 30]
+    assert goal.filter(pl.col("fdr") < 0.01)["symbol"].to_list() == ["A+B"]
+    value = {(cell, "".join(each)): x for cell, each, x in zip(cells, sets, frame["shift_beta"], strict=True)}
+    own = {f"c{cell}": value[f"c{cell}", "ac"] - value[f"c{cell}", "a"] - value[f"c{cell}", "c"] for cell in range(60)}
+    units = np.array(list(own.values()))
+    if donors > 1:
+        units = np.array([np.mean([own[f"c{cell}"] for cell in range(k, 60, donors)]) for k in range(donors)])
+    row = goal.row(1, named=True)
+    expected = scipy.stats.ttest_1samp(units, 0)
+    assert row["p_value"] == pytest.approx(expected.pvalue, rel=1e-5)
+    assert row["interaction"] == pytest.approx(units.mean(), rel=1e-5)
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(expected.confidence_interval(), rel=1e-5)
+    # Losses of similarity of 0.1 each, and of 0.2 for a pair: no interaction.
+    assert table.filter(pl.col("measure") == "similarity")["interaction"].abs().max() < 1e-12
 
 
 def make_effects(frame, seed=0):
