@@ -104,6 +104,7 @@ def of_two(world: World, folder: Path) -> None:
             torch.save({"losses": losses, "weights": weights}, folder / f"{number}.pt")
 
 
+@pytest.mark.slow
 def test_two_workers_do_the_same(expected, tmp_path):
     run_world(2, of_two, tmp_path)
     for number in range(len(SETTINGS)):
