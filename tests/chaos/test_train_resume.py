@@ -14,6 +14,7 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
+from ray.cluster_utils import Cluster
 
 from corpus.store import Store
 from tests.factories import write_corpus
@@ -195,6 +196,35 @@ def test_sigterm_saves_and_a_silent_worker_is_named(undisturbed):
     text = log.read_text()
     named = rf"training failed for good: worker \d \(node \S+, process {victim.pid}\) has not been heard of for \d+ s"
     assert re.search(named, text), text
+    finish(undisturbed, out)
+
+
+@pytest.mark.slow
+def test_a_notice_of_preemption_saves_before_the_machine_goes(undisturbed, monkeypatch):
+    # Two raylets of one machine: the head with the driver, and a worker node that is drained as a spot market would.
+    monkeypatch.setitem(ENVIRONMENT, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+    out = undisturbed / "preempted"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=2)
+        monkeypatch.setitem(ENVIRONMENT, "RAY_ADDRESS", cluster.address)
+        with running(undisturbed, out) as (process, log):
+            wait_for_step(out, 6, process)
+            notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+            where = ["--address", cluster.address, "--node-id", node.node_id, "--deadline-remaining-seconds", "60"]
+            ray = Path(sys.executable).with_name("ray")
+            subprocess.run([ray, "drain-node", *where, *notice], check=True, env=ENVIRONMENT, timeout=60)
+            deadline = time.monotonic() + 60
+            while not (told := re.search(r"is about to be taken away: saving at step (\d+)", log.read_text())):
+                assert time.monotonic() < deadline, log.read_text()
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.1)
+            while newest_step(out) < int(told[1]):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+    finally:
+        cluster.shutdown()
+    monkeypatch.delitem(ENVIRONMENT, "RAY_ADDRESS")
     finish(undisturbed, out)
 
 
