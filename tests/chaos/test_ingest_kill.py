@@ -12,7 +12,9 @@ import pytest
 
 from corpus.manifest import Manifest
 from corpus.reader import Corpus
+from corpus.settings import main
 from corpus.store import Store
+from ingest.__main__ import VERBS
 from ingest.verify import verify
 from tests.factories_ingest import Toy, write_toy
 
@@ -72,10 +74,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory, repository: Path) -> list[tuple[str, str]]:
+def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: object) -> list[tuple[str, str]]:
+    """Made on the cluster of the tests, which is already up, and in this process."""
     out = tmp_path_factory.mktemp("undisturbed") / "corpus"
-    done = ingest(config, out, repository)
-    assert done.returncode == 0, done.stderr
+    assert main("ingest", VERBS, ["run", "--config", str(config), "--out", str(out)]) == 0
     assert len(Manifest.read(Store(out)).units) >= 9
     assert len(set(Corpus(out).obs(["cell_id"])["cell_id"])) == len(Corpus(out)) > 300
     return content(out)
