@@ -1,22 +1,17 @@
 """Statistics of scans that lie in files: block by block, every mode, with the published columns beside ours."""
 
-import io
 import json
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 from sklearn.mixture import GaussianMixture
 
 from corpus.errors import UserError
 from corpus.settings import main
-from corpus.store import Store
-from evaluate.gene_effects import gene_path, gene_schema
-from evaluate.noise import NoiseFloor
 from evaluate.shift_blocks import ShiftBlocks
-from evaluate.shifts import ScanManifest, UnitRecord, shifts_schema, unit_path
+from evaluate.shifts import unit_path
 from evaluate.stats import KEYS, gene_statistics
 from evaluate.stats_commands import StatsCommand
 from evaluate.stats_compat import draw_pool
@@ -24,96 +19,10 @@ from evaluate.stats_lists import OVER_LISTS, TOO_FEW_LISTS
 from evaluate.stats_report import write_stats
 from evaluate.stats_settings import StatsSettings
 from evaluate.stats_tables import NO_NULL, about_genes, genes_table
+from tests.factories_stats import STATES, make_rows, write_scan
 
-STATES = ["alpha", "beta", "delta"]
 SETTINGS = StatsSettings(min_cells=5)
 PUBLISHED = StatsSettings(min_cells=5, compat="geneformer")
-
-
-def parquet(frame, schema):
-    sink = io.BytesIO()
-    pq.write_table(frame.select(schema.names).to_arrow().cast(schema), sink)
-    return sink.getvalue()
-
-
-def write_scan(
-    folder,
-    frame,
-    *,
-    joint=False,
-    states=tuple(STATES),
-    noise=None,
-    rows_per_unit=301,
-    genes="all",
-    effects=None,
-    model="model",
-    null_lists=0,
-    combine=None,
-):
-    """A finished scan of given rows, cut into units wherever it falls, also within a cell."""
-    store, states = Store(folder), list(states)
-    schema = shifts_schema([], states, [], joint)
-    units = []
-    for number, start in enumerate(range(0, len(frame), rows_per_unit)):
-        part = frame[start : start + rows_per_unit]
-        name, content = f"{number:032x}", {}
-        store.create(unit_path(name), parquet(part, schema))
-        if effects is not None:
-            rows = effects.filter(pl.col("row").is_between(start, start + rows_per_unit - 1))
-            store.create(gene_path(name), parquet(rows, gene_schema(joint)))
-            content = {"gene_rows": len(rows), "gene_sha256": store.sha256(gene_path(name))}
-        units.append(
-            UnitRecord(unit_id=name, rows=len(part), skipped={}, sha256=store.sha256(unit_path(name)), **content)
-        )
-    measured = {"precision": "float32", "device": "cpu", "cells": 1, "perturbations": 1, "resolution": 0.0}
-    measured |= {"error_shift": 0.0, "error_similarity": 0.0, "null_shift": 0.0, "null_similarity": 0.0}
-    floor = None if noise is None else NoiseFloor(shift=noise, similarity=noise, probability=noise, **measured)
-    ScanManifest(
-        scan_id=f"scan of {model}",
-        model_checksum=model,
-        genes_hash="genes",
-        corpus_sha256="corpus",
-        settings={
-            "perturbation": {
-                "genes": genes,
-                "combine": combine or ("joint" if joint else "one_by_one"),
-                "null_lists": null_lists,
-            }
-        },
-        perturbation="delete",
-        joint=joint,
-        states=states,
-        state_cells=dict.fromkeys(states, 9),
-        columns=[],
-        num_cells=frame["cell_id"].n_unique(),
-        rows=len(frame),
-        skipped={},
-        units=units,
-        noise=floor,
-        gene_shifts=effects is not None,
-    ).publish(store)
-    return str(folder)
-
-
-def make_rows(seed=0, num_cells=45, num_genes=120, donors=4, states=tuple(STATES)):
-    rng = np.random.default_rng(seed)
-    cell, gene = np.nonzero(rng.random((num_cells, num_genes)) < np.linspace(0.3, 1, num_genes))
-    frame = pl.DataFrame({"cell": cell, "gene": gene, "r": rng.random(len(cell))}).with_columns(
-        (pl.col("r").rank("ordinal").over("cell").cast(pl.Int32) - 1).alias("rank")
-    )
-    size = np.exp(-frame["rank"].to_numpy() / 30)
-    columns = {f"shift_{state}": 0.01 * size * (0.5 + rng.normal(size=len(cell))) for state in states}
-    return frame.select(
-        pl.format("c{}", "cell").alias("cell_id"),
-        pl.format("d{}", pl.col("cell") % donors).alias("donor_id") if donors else pl.lit(None).alias("donor_id"),
-        pl.lit("delete").alias("perturbation"),
-        pl.format("g{}", pl.col("gene") + 1000).alias("ensembl_id"),
-        pl.format("Gene{}", pl.col("gene") + 1000).alias("symbol"),
-        "rank",
-        pl.Series("similarity", 1 - 0.01 * size * rng.random(len(cell))),
-        *(pl.Series(name, values.astype(np.float32)) for name, values in columns.items()),
-        (pl.col("r") < 0.01).alias("no_op"),
-    )
 
 
 @pytest.mark.parametrize("donors", [1, 4])
@@ -469,36 +378,3 @@ def test_aggregate_gene_shifts(tmp_path):
     assert table["Cosine_sim_mean"][perturbed:].is_sorted()
     with pytest.raises(UserError, match="gene_shifts"):
         write_stats(write_scan(tmp_path / "b", frame), str(tmp_path / "x"), settings)
-
-
-def test_enrichment_finds_the_set_that_moves_cells(tmp_path):
-    pytest.importorskip("gseapy")
-    frame = make_rows(donors=1)
-    pushed = pl.col("ensembl_id").is_in([f"g{1040 + k}" for k in range(12)])
-    x = pl.col("shift_beta")
-    frame = frame.with_columns(pl.when(pushed).then(x + 0.02).otherwise(x))
-    gmt = tmp_path / "sets.gmt"
-    gmt.write_text(
-        "pushed\tdescription\t" + "\t".join(f"GENE{1040 + k}" for k in range(12)) + "\n"
-        "other\t\t" + "\t".join(f"Gene{1000 + 4 * k}" for k in range(15)) + "\n"
-        "small\t\tGene1001\n"
-    )
-    uri = write_scan(tmp_path / "scan", frame)
-    write_stats(uri, str(tmp_path / "out"), StatsSettings(gene_sets=str(gmt)))
-    table = pl.read_csv(tmp_path / "out" / "enrichment.csv")
-    assert table["gene_set"].to_list() == ["pushed", "other"]
-    assert table["size"].to_list() == [12, 15]
-    assert table["normalized_score"][0] > 1.5
-    assert table["fdr"][0] < 0.01
-    assert table["p_value"][1] > 0.05
-    gmt.write_text("pushed\tdescription\n")
-    with pytest.raises(UserError, match="line 1"):
-        write_stats(uri, str(tmp_path / "x"), StatsSettings(gene_sets=str(gmt)))
-
-
-def test_enrichment_without_gseapy_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gseapy", None)
-    gmt = tmp_path / "sets.gmt"
-    gmt.write_text("a\tb\tGene1001\n")
-    with pytest.raises(UserError, match=r'pip install -e "\.\[enrichment\]"'):
-        write_stats(write_scan(tmp_path / "scan", make_rows()), str(tmp_path / "x"), StatsSettings(gene_sets=str(gmt)))
