@@ -244,9 +244,12 @@ class Store:
 
 
 def match_uris(pattern: str) -> list[str]:
-    """Files that a pattern with `*`, `?` or `**` stands for, sorted; a name without such a sign stands for itself."""
+    """Files that a pattern with `*`, `?` or `**` stands for, sorted; a name without such a sign stands for itself.
+
+    Local names come back absolute: whoever reads them may have been started in another folder.
+    """
     if not any(sign in pattern for sign in "*?["):
-        return [pattern]
+        return [pattern if "://" in pattern else str(Path(pattern).absolute())]
     fs, path = url_to_fs(pattern)
     with told(pattern):
         found = sorted(str(name) for name in fs.glob(path))

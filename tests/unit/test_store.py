@@ -142,8 +142,11 @@ def test_uris() -> None:
     assert copy.copy(store).uri == "s3://bucket/x"
 
 
-def test_patterns_stand_for_files_in_order(tmp_path: Path) -> None:
+def test_patterns_stand_for_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.h5ad", "a.h5ad", "c.txt"):
         (tmp_path / name).touch()
     assert match_uris(f"{tmp_path}/*.h5ad") == [f"{tmp_path}/a.h5ad", f"{tmp_path}/b.h5ad"]
     assert match_uris(f"{tmp_path}/*.loom") == []
+    monkeypatch.chdir(tmp_path)
+    assert match_uris("a.h5ad") == [f"{tmp_path}/a.h5ad"]
+    assert match_uris("a*.h5ad") == [f"{tmp_path}/a.h5ad"]
