@@ -260,6 +260,8 @@ def histogram(
     """First pass of the medians, as a sparse histogram."""
     # The unit as a whole: the fewer bins are in use per cell, the better they stay in the cache.
     blocks = list(_kept_entries(unit, selection, store, wanted, inside_only))
+    if not blocks:  # a source without cells
+        return np.zeros(0, np.int64), np.zeros(0, np.uint32)
     cells, entries = (np.cumsum([0, *(len(block[i]) for block in blocks)]) for i in (4, 2))
     kept = np.concatenate([block[0] + first for block, first in zip(blocks, cells, strict=False)])
     indptr = np.concatenate([[0], *(block[1][1:] + first for block, first in zip(blocks, entries, strict=False))])
