@@ -91,7 +91,7 @@ LISTS = {
     ids=[*KINDS, *LISTS],
 )
 def test_shifts_equal_stock_transformers(corpus, model, change, named):
-    numbers = np.random.default_rng(1).choice(len(corpus), 14, replace=False)
+    numbers = np.random.default_rng(1).choice(len(corpus), 20, replace=False)
     cells = corpus.read_cells(numbers, counts=True)
     assert cells.lengths.max() > LIMIT > cells.lengths.min()
     listed = np.array([corpus.genes.find(f"Gene{i}") for i in (3, 7, 30, 41, 66)]) if named else None
