@@ -63,8 +63,10 @@ $(INSTALLED): pyproject.toml
 	rm -f $(INSTALLING); \
 	touch $(INSTALLED)
 
+# Unit tests run side by side; the others share one Ray cluster, whose processes fill two cores by themselves.
 test: setup lint  ## Everything that guards a change: lint, types, import rules, tests
-	$(PY) -m pytest -m "$(PYTEST_MARKS)" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "$(PYTEST_MARKS)" -n logical --maxprocesses 4 --dist loadfile tests/unit $(PYTEST_ARGS)
+	$(PY) -m pytest -m "$(PYTEST_MARKS)" tests/integration tests/chaos $(PYTEST_ARGS)
 
 lint: setup  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

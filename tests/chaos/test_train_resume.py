@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,10 +20,11 @@ from ray.cluster_utils import Cluster
 
 from corpus.store import Store
 from tests.factories import write_corpus
+from tests.worlds import run_world
 from train import loop, output
 from train.pretrain import PretrainTask
 from train.settings import PretrainSettings
-from train.world import single_process
+from train.world import World, single_process
 
 pytestmark = [
     pytest.mark.chaos,
@@ -90,12 +93,23 @@ def workers_of(driver: psutil.Process) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    """Folder with a corpus, a configuration, and the model of a run that nothing happened to."""
+    """Folder with a corpus, a configuration, and the model of a run that nothing happened to, not even Ray."""
     folder = tmp_path_factory.mktemp("resume")
     write_corpus(folder / "corpus", num_cells=300, donors=())
     (folder / "config.toml").write_text(CONFIG)
-    subprocess.run(command(folder, folder / "whole"), check=True, env=ENVIRONMENT, timeout=400)
+    values = {**tomllib.loads(CONFIG), "corpus": str(folder / "corpus"), "out": str(folder / "whole")}
+    run_world(2, train_in_world, values)
     return folder
+
+
+def train_in_world(world: World, values: dict[str, Any]) -> None:
+    """What each worker of Ray Train does, on as many threads as there."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.size))
+    task = PretrainTask(PretrainSettings.model_validate(values))
+    if world.is_first:
+        output.claim(Store(values["out"]), task.identity())
+    world.barrier()
+    loop.run(task, values["out"], world, emit=print, report=lambda record: None)
 
 
 @contextlib.contextmanager
